@@ -1,0 +1,210 @@
+"""What the head of a response says: syntax by llhttp, framing by RFC 9112. Knows no sockets and keeps no time.
+
+llhttp is left strict but for two things it would refuse and browsers do not: a length beside `chunked` (we ignore the
+length and close afterwards) and spaces after a chunk size.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+import httptools
+
+from app.fetch.limits import Failed, Limits
+from app.outcome import FailureCode
+
+HEAD_END = b"\r\n\r\n"
+PROLOGUE = b"HTTP/1."
+OVERHEAD_BYTES_MAX = 64 * 2**10
+"""Bytes of chunk sizes, extensions and trailers a chunked body may have for nothing, and between two bytes of body."""
+OVERHEAD_RATIO_MAX = 16
+"""... and this many more for each byte of body: one-byte chunks need 5."""
+
+BODILESS = frozenset({204, 304})
+_LENGTH_LINE = re.compile(rb"\r\ncontent-length[ \t]*:[ \t]*([^\r\n]*?)[ \t]*(?=\r\n)", re.IGNORECASE)
+
+
+class Framing(Enum):
+    """How the end of a body is known."""
+
+    NONE = "none"
+    LENGTH = "length"
+    CHUNKED = "chunked"
+    UNTIL_CLOSE = "until_close"
+
+
+class Chunked:
+    """A message as llhttp sees it: the fields of its head, then the chunks of its body."""
+
+    __slots__ = (
+        "_after_size",
+        "_fed",
+        "_in_head",
+        "_parser",
+        "_stale",
+        "body",
+        "body_bytes",
+        "complete",
+        "extra",
+        "fields",
+    )
+
+    def __init__(self) -> None:
+        self.fields: list[tuple[bytes, bytes]] = []
+        self.body = bytearray()
+        self.body_bytes = 0
+        self.complete = False
+        self.extra = False
+        self._in_head = True
+        self._after_size = False
+        self._stale = 0
+        self._fed = 0
+        self._parser = httptools.HttpResponseParser(self)
+        self._parser.set_dangerous_leniencies(lenient_chunked_length=True, lenient_spaces_after_chunk_size=True)
+
+    def feed_head(self, head: bytes) -> tuple[int, str]:
+        """Take a whole head; return its status and its version. Raise `httptools.HttpParserError` if it is not one."""
+        self._parser.feed_data(head)
+        self._in_head = self.complete = False
+        return self._parser.get_status_code(), self._parser.get_http_version()
+
+    def feed_body(self, data: bytes) -> None:
+        """Take wire bytes of the body; what they held is added to `body`. Raise `Failed` if they are not chunks."""
+        before = self.body_bytes
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if not self.complete:
+                raise Failed(FailureCode.PROTOCOL_ERROR, f"The chunked body is not valid HTTP: {error}.") from error
+            self.extra = True
+        self._fed += len(data)
+        self._stale = 0 if self.body_bytes > before else self._stale + len(data)
+        if not self.complete:
+            self._refuse_idle_talk()
+
+    def _refuse_idle_talk(self) -> None:
+        """Bound bytes that bring the body no further: chunk extensions, trailers, padded sizes."""
+        if self._stale > OVERHEAD_BYTES_MAX:
+            if self._after_size:
+                raise Failed(FailureCode.HEADERS_TOO_LARGE, "The trailer of the body is too large.")
+            raise Failed(FailureCode.PROTOCOL_ERROR, "The chunked body is padded beyond reason.")
+        if self._fed - self.body_bytes > OVERHEAD_BYTES_MAX + OVERHEAD_RATIO_MAX * self.body_bytes:
+            raise Failed(FailureCode.PROTOCOL_ERROR, "The chunked body is padded beyond reason.")
+
+    def on_message_begin(self) -> None:
+        if self.complete:
+            self.extra = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # a trailer says nothing that we keep
+            self.fields.append((name, value.rstrip(b" \t")))
+
+    def on_chunk_header(self) -> None:
+        self._after_size = True
+
+    def on_body(self, body: bytes) -> None:
+        if self.complete:
+            return
+        self._after_size = False
+        self.body += body
+        self.body_bytes += len(body)
+
+    def on_message_complete(self) -> None:
+        self.complete = True
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The head of a response. `length` counts only with `Framing.LENGTH`; `chunked` takes the body with `CHUNKED`."""
+
+    status: int
+    http_version: str
+    fields: list[tuple[bytes, bytes]]
+    framing: Framing
+    length: int
+    keep_alive: bool
+    chunked: Chunked
+
+    def values(self, name: bytes) -> list[bytes]:
+        """List the values of a field, in order; `name` in lower case."""
+        return [value for field, value in self.fields if field.lower() == name]
+
+
+def refuse_prologue(start: bytes | bytearray) -> None:
+    """Raise `Failed` when the first bytes of an answer cannot become a head of HTTP/1: no need to wait for its end."""
+    if not PROLOGUE.startswith(start[: len(PROLOGUE)]):
+        raise Failed(FailureCode.PROTOCOL_ERROR, "The answer does not start like HTTP/1.")
+
+
+def parse(head: bytes, *, method: str, limits: Limits) -> Head:
+    """Read a complete head, blank line included. Raise `Failed` where it is not one, or beyond the limits."""
+    if head.count(b"\r\n") - 2 > limits.header_count_max:
+        raise Failed(
+            FailureCode.TOO_MANY_HEADERS, f"The response has more than {limits.header_count_max} header fields."
+        )
+    message, status, version = _read(head)
+    if status == 101:
+        raise Failed(FailureCode.UPGRADE_NOT_SUPPORTED, "The server switched to another protocol unasked.")
+    if status < 100 or version not in ("1.0", "1.1"):
+        raise Failed(FailureCode.PROTOCOL_ERROR, "The status line is not one of HTTP/1.")
+    lengths, codings, connection = _framing_fields(message.fields)
+    framing, length = _frame(lengths, codings, bodiless=method == "HEAD" or status in BODILESS or status < 200)
+    clean = framing is not Framing.UNTIL_CLOSE and not (lengths and codings)
+    return Head(
+        status, f"HTTP/{version}", message.fields, framing, length, clean and _keeps_alive(version, connection), message
+    )
+
+
+def _read(head: bytes) -> tuple[Chunked, int, str]:
+    message = Chunked()
+    try:
+        return message, *message.feed_head(head)
+    except httptools.HttpParserUpgrade as error:
+        raise Failed(FailureCode.UPGRADE_NOT_SUPPORTED, "The server switched to another protocol unasked.") from error
+    except httptools.HttpParserError as error:
+        collapsed = _collapse_lengths(head)
+        if collapsed is None:
+            raise Failed(FailureCode.PROTOCOL_ERROR, f"The response head is not valid HTTP: {error}.") from error
+        return _read(collapsed)
+
+
+def _collapse_lengths(head: bytes) -> bytes | None:
+    """Make several equal lengths one (RFC 9110, 8.6), which llhttp refuses. `None`: nothing to collapse."""
+    values = [value for line in _LENGTH_LINE.findall(head) for value in re.split(rb"[ \t]*,[ \t]*", line)]
+    if len(values) < 2 or len(set(values)) > 1:
+        return None
+    return _LENGTH_LINE.sub(b"", head).replace(b"\r\n", b"\r\nContent-Length: " + values[0] + b"\r\n", 1)
+
+
+def _framing_fields(fields: list[tuple[bytes, bytes]]) -> tuple[list[bytes], list[bytes], list[bytes]]:
+    """Pick the values of Content-Length, Transfer-Encoding and Connection."""
+    lengths, codings, connection = [], [], []
+    for name, value in fields:
+        size = len(name)
+        if size == 14 and name.lower() == b"content-length":
+            lengths.append(value)
+        elif size == 17 and name.lower() == b"transfer-encoding":
+            codings.append(value)
+        elif size == 10 and name.lower() == b"connection":
+            connection.append(value)
+    return lengths, codings, connection
+
+
+def _frame(lengths: list[bytes], codings: list[bytes], *, bodiless: bool) -> tuple[Framing, int]:
+    """Decide how the body ends (RFC 9112, 6.3). llhttp has seen to it that a length is one number."""
+    if codings and [coding.lower() for coding in codings] != [b"chunked"]:
+        raise Failed(FailureCode.PROTOCOL_ERROR, "The response has a Transfer-Encoding other than chunked.")
+    if bodiless:
+        return Framing.NONE, 0
+    if codings:
+        return Framing.CHUNKED, 0
+    if lengths:
+        return Framing.LENGTH, int(lengths[0])
+    return Framing.UNTIL_CLOSE, 0
+
+
+def _keeps_alive(version: str, connection: list[bytes]) -> bool:
+    if not connection:
+        return version == "1.1"
+    options = {option.strip() for value in connection for option in value.lower().split(b",")}
+    return b"close" not in options if version == "1.1" else b"keep-alive" in options
