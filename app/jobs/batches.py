@@ -1,0 +1,178 @@
+"""What happens to a batch as a whole: it starts, is cancelled, finishes, is deleted and erased.
+
+Functions take a session and never commit. The jobs themselves change in `queue`.
+"""
+
+from collections.abc import Collection
+from typing import Any, Literal
+from uuid import UUID
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
+
+START = text("""
+    WITH chosen AS MATERIALIZED (
+        SELECT id FROM batch WHERE id = ANY(CAST(:ids AS uuid[])) AND status = 'queued'
+        ORDER BY id FOR UPDATE
+    )
+    UPDATE batch SET status = 'running', started_at = now()
+    FROM chosen WHERE batch.id = chosen.id AND batch.status = 'queued'
+""")
+
+OPTIONS = text("SELECT id, options FROM batch WHERE id = ANY(CAST(:ids AS uuid[]))")
+
+
+async def start(session: AsyncSession, ids: Collection[UUID]) -> dict[UUID, dict[str, Any]]:
+    """Mark queued batches as running, now that jobs of them were claimed; return the options of each."""
+    await session.execute(START, {"ids": list(ids)})
+    return {row.id: row.options for row in await session.execute(OPTIONS, {"ids": list(ids)})}
+
+
+# The tallies before the batch, as everywhere.
+LOCK_TALLIES = text("""
+    SELECT shard FROM tally WHERE batch_id = :id ORDER BY shard FOR UPDATE
+""")
+CANCEL_TALLIES = text("UPDATE tally SET cancel_requested = true WHERE batch_id = :id AND NOT cancel_requested")
+CANCEL = text("""
+    UPDATE batch SET cancel_requested_at = now()
+    WHERE id = :id AND finished_at IS NULL AND cancel_requested_at IS NULL
+""")
+EXISTS = text("SELECT true FROM batch WHERE id = :id AND deleted_at IS NULL")
+
+
+async def cancel(session: AsyncSession, batch_id: UUID) -> bool:
+    """Ask for a batch to be cancelled; `False` when there is no such batch.
+
+    Nothing of it is claimed from the commit on; workers close what runs, and upkeep cancels the rows. Idempotent, and
+    a finished batch stays as it is.
+    """
+    if not await session.scalar(EXISTS, {"id": batch_id}):
+        return False
+    await session.execute(LOCK_TALLIES, {"id": batch_id})
+    await session.execute(CANCEL_TALLIES, {"id": batch_id})
+    await session.execute(CANCEL, {"id": batch_id})
+    return True
+
+
+CANCELLED = text("""
+    SELECT id FROM batch WHERE id = ANY(CAST(:ids AS uuid[])) AND cancel_requested_at IS NOT NULL
+""")
+
+
+async def find_cancelled(session: AsyncSession, ids: Collection[UUID]) -> set[UUID]:
+    """Return those of the batches whose cancelling was asked for."""
+    return {row.id for row in await session.execute(CANCELLED, {"ids": list(ids)})}
+
+
+FINISH = text("""
+    WITH chosen AS MATERIALIZED (
+        SELECT id FROM batch WHERE id = ANY(CAST(:ids AS uuid[])) AND finished_at IS NULL ORDER BY id FOR UPDATE
+    ), counted AS MATERIALIZED (
+        SELECT tally.batch_id, sum(queued + running) AS unfinished, sum(succeeded) AS succeeded,
+            sum(failed) AS failed, sum(tally.cancelled) AS cancelled
+        FROM tally JOIN chosen ON tally.batch_id = chosen.id GROUP BY tally.batch_id
+    )
+    UPDATE batch SET
+        status = CASE WHEN cancel_requested_at IS NULL THEN 'completed' ELSE 'cancelled' END,
+        started_at = coalesce(started_at, now()), finished_at = now(),
+        succeeded = counted.succeeded, failed = counted.failed, cancelled = counted.cancelled
+    FROM counted WHERE batch.id = counted.batch_id AND counted.unfinished = 0 AND batch.finished_at IS NULL
+    RETURNING batch.id
+""")
+
+
+async def finish(session: AsyncSession, ids: Collection[UUID]) -> set[UUID]:
+    """Finish those of the batches that have nothing left to run, and copy their counts; return which.
+
+    Call it in a transaction later than the one that recorded the last job: two that record the last jobs of two
+    shards at once do not see each other.
+    """
+    return {row.id for row in await session.execute(FINISH, {"ids": list(ids)})}
+
+
+UNFINISHED = text("""
+    SELECT id, total, cancel_requested_at IS NOT NULL AS is_cancelled FROM batch
+    WHERE finished_at IS NULL AND id > :after ORDER BY id LIMIT :limit
+""")
+
+
+async def list_unfinished(session: AsyncSession, *, after: UUID, limit: int) -> list[tuple[UUID, int, bool]]:
+    """List (id, number of jobs, whether cancelling was asked for) of unfinished batches, in the order of ids."""
+    rows = await session.execute(UNFINISHED, {"after": after, "limit": limit})
+    return [(row.id, row.total, row.is_cancelled) for row in rows]
+
+
+HIDE = text("""
+    UPDATE batch SET deleted_at = now() WHERE id = :id AND finished_at IS NOT NULL AND deleted_at IS NULL RETURNING id
+""")
+
+
+async def delete(session: AsyncSession, batch_id: UUID) -> Literal["deleted", "missing", "unfinished"]:
+    """Hide a finished batch and its jobs from every reader at once; upkeep erases the rows."""
+    if await session.scalar(HIDE, {"id": batch_id}):
+        return "deleted"
+    return "unfinished" if await session.scalar(EXISTS, {"id": batch_id}) else "missing"
+
+
+DELETED = text("SELECT id FROM batch WHERE deleted_at IS NOT NULL ORDER BY id LIMIT :limit")
+
+
+async def list_deleted(session: AsyncSession, *, limit: int) -> list[UUID]:
+    """List batches whose rows are to be erased."""
+    return [row.id for row in await session.execute(DELETED, {"limit": limit})]
+
+
+ERASE_JOBS = text("""
+    WITH chosen AS MATERIALIZED (
+        SELECT shard, id FROM job WHERE batch_id = :batch_id ORDER BY position LIMIT :limit
+    ), locked AS MATERIALIZED (
+        SELECT job.shard, job.id FROM job JOIN chosen ON job.shard = chosen.shard AND job.id = chosen.id
+        ORDER BY job.shard, job.id FOR UPDATE OF job
+    ), erased AS (
+        DELETE FROM job USING locked WHERE job.shard = locked.shard AND job.id = locked.id
+        RETURNING job.shard, job.id, job.body_sha256
+    ), attempts AS (
+        DELETE FROM attempt USING erased WHERE attempt.shard = erased.shard AND attempt.job_id = erased.id
+    )
+    SELECT shard, body_sha256 FROM erased
+""")
+
+# In a statement of its own before the deletion: whoever was storing the same bytes has then committed, and the next
+# statement's snapshot shows their job.
+LOCK_BODIES = text("""
+    SELECT body.shard, body.sha256 FROM body
+    JOIN unnest(CAST(:shards AS smallint[]), CAST(:sha256s AS bytea[])) AS old(shard, sha256) USING (shard, sha256)
+    ORDER BY body.shard, body.sha256 FOR UPDATE OF body
+""")
+
+ERASE_BODIES = text("""
+    DELETE FROM body
+    USING unnest(CAST(:shards AS smallint[]), CAST(:sha256s AS bytea[])) AS old(shard, sha256)
+    WHERE body.shard = old.shard AND body.sha256 = old.sha256 AND NOT EXISTS (
+        SELECT 1 FROM job
+        WHERE job.shard = old.shard AND job.body_sha256 = old.sha256 AND job.body_sha256 IS NOT NULL
+    )
+""")
+
+ERASE_REST = (
+    text("DELETE FROM histogram WHERE batch_id = :batch_id"),
+    text("DELETE FROM tally WHERE batch_id = :batch_id"),
+    text("DELETE FROM batch WHERE id = :batch_id AND deleted_at IS NOT NULL"),
+)
+
+
+async def erase(session: AsyncSession, batch_id: UUID, *, limit: int) -> int:
+    """Erase up to `limit` jobs of a deleted batch with the bodies no other job has; return how many.
+
+    When none was left, the batch itself is erased.
+    """
+    rows = (await session.execute(ERASE_JOBS, {"batch_id": batch_id, "limit": limit})).all()
+    if not rows:
+        for statement in ERASE_REST:
+            await session.execute(statement, {"batch_id": batch_id})
+        return 0
+    if bodies := sorted({(row.shard, row.body_sha256) for row in rows if row.body_sha256 is not None}):
+        keys = {"shards": [shard for shard, _ in bodies], "sha256s": [sha256 for _, sha256 in bodies]}
+        await session.execute(LOCK_BODIES, keys)
+        await session.execute(ERASE_BODIES, keys)
+    return len(rows)

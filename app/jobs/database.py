@@ -1,0 +1,161 @@
+"""The way to PostgreSQL: engine, sessions, migration at start, and the wake-up channel."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import URL, Connection, make_url, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.pool import NullPool
+
+CONNECT_TIMEOUT_S = 5.0
+POOL_TIMEOUT_S = 5.0
+STATEMENT_TIMEOUT_S = 30.0
+LOCK_TIMEOUT_S = 10.0
+IDLE_IN_TRANSACTION_TIMEOUT_S = 30.0
+POSTGRESQL_VERSION_MIN = 15
+WAKE_CHANNEL = "fetchpool_jobs"
+MIGRATION_LOCK = 7_306_080_214
+"""Key of the transaction-level advisory lock under which migrations run; any number, the same for ever."""
+
+MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
+
+Sessions = async_sessionmaker[AsyncSession]
+
+DATABASE_ERRORS = (DBAPIError, PoolTimeout, OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
+"""What a statement raises when PostgreSQL is away, overloaded or refuses: worth another try, and no bug of ours."""
+
+
+class DatabaseUnusable(Exception):
+    """PostgreSQL cannot serve as the store; the message is one line that says what to do."""
+
+
+def is_refused_value(error: BaseException) -> bool:
+    """Say whether PostgreSQL or its driver refused a value or a row: trying the same again is no use."""
+    state = str(getattr(getattr(error, "orig", error), "sqlstate", None) or "")
+    return state[:2] in ("22", "23") or isinstance(getattr(error, "__cause__", None), asyncpg.DataError)
+
+
+def make_engine(url: str, *, pgbouncer: bool = False, pool_size: int = 5) -> AsyncEngine:
+    """Make an engine of at most `pool_size` connections whose statements, locks and pauses all have a deadline.
+
+    Behind PgBouncer in transaction mode no prepared statement is kept and no start-up parameter sent: the timeouts
+    are then those of the role.
+    """
+    address, arguments = _connection(url, pgbouncer=pgbouncer)
+    return create_async_engine(
+        address,
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=POOL_TIMEOUT_S,
+        hide_parameters=True,  # they hold what clients sent, secrets among it
+        connect_args=arguments,
+    )
+
+
+def make_sessions(engine: AsyncEngine) -> Sessions:
+    """Make sessions; `async with sessions.begin() as session` is one transaction."""
+    return async_sessionmaker(engine, expire_on_commit=False, autoflush=False)
+
+
+async def migrate(url: str, *, pgbouncer: bool = False) -> None:
+    """Bring the schema up to date, in one transaction under an advisory lock, so that many may start at once.
+
+    Raises `DatabaseUnusable` when PostgreSQL is unreachable, refuses, or is older than version 15.
+    """
+    address, arguments = _connection(url, pgbouncer=pgbouncer)
+    engine = create_async_engine(address, poolclass=NullPool, connect_args=arguments)
+    try:
+        async with engine.begin() as connection:
+            await _require_version(connection)
+            await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+            await connection.run_sync(_upgrade)
+    except (OSError, TimeoutError, DBAPIError, asyncpg.PostgresError) as error:
+        raise DatabaseUnusable(_advice(error)) from error
+    finally:
+        await engine.dispose()
+
+
+async def listen(url: str, wake: Callable[[], None]) -> asyncpg.Connection:
+    """Open a connection of its own that calls `wake` at every hint of new work; the caller closes it.
+
+    A hint only: it may be lost with the connection, and polling finds the work all the same.
+    """
+    address = make_url(url)
+    connection: asyncpg.Connection = await asyncpg.connect(**_asyncpg_arguments(address), timeout=CONNECT_TIMEOUT_S)
+    await connection.add_listener(WAKE_CHANNEL, lambda *_: wake())
+    return connection
+
+
+def alembic_config() -> Config:
+    """Configuration for Alembic's commands, the same from the command line and at start."""
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    return config
+
+
+def _upgrade(connection: Connection) -> None:
+    config = alembic_config()
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
+
+
+async def _require_version(connection: AsyncConnection) -> None:
+    number = await connection.scalar(text("SELECT current_setting('server_version_num')::int"))
+    version = int(number or 0) // 10_000
+    if version < POSTGRESQL_VERSION_MIN:
+        raise DatabaseUnusable(
+            f"DATABASE_URL leads to PostgreSQL {version}; Fetchpool needs {POSTGRESQL_VERSION_MIN} or newer."
+        )
+
+
+def _advice(error: BaseException) -> str:
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    return f"PostgreSQL at DATABASE_URL cannot be used: {reason}. Check that it runs and that the URL is right."
+
+
+def _connection(url: str, *, pgbouncer: bool) -> tuple[URL, dict[str, Any]]:
+    """Translate a libpq-style URL to what SQLAlchemy's asyncpg dialect takes."""
+    address = make_url(url)
+    query = dict(address.query)
+    arguments: dict[str, Any] = {"timeout": CONNECT_TIMEOUT_S}
+    if (sslmode := query.pop("sslmode", None)) is not None:
+        arguments["ssl"] = sslmode
+    if pgbouncer:
+        arguments |= {"statement_cache_size": 0, "prepared_statement_name_func": lambda: f"__fetchpool_{uuid4()}__"}
+        query["prepared_statement_cache_size"] = "0"
+    else:
+        arguments["server_settings"] = _timeouts()
+    return address.set(drivername="postgresql+asyncpg", query=query), arguments
+
+
+def _timeouts() -> dict[str, str]:
+    return {
+        "application_name": "fetchpool",
+        "timezone": "UTC",
+        "jit": "off",
+        "statement_timeout": str(int(STATEMENT_TIMEOUT_S * 1000)),
+        "lock_timeout": str(int(LOCK_TIMEOUT_S * 1000)),
+        "idle_in_transaction_session_timeout": str(int(IDLE_IN_TRANSACTION_TIMEOUT_S * 1000)),
+    }
+
+
+def _asyncpg_arguments(address: URL) -> dict[str, Any]:
+    query = dict(address.query)
+    sslmode = query.pop("sslmode", None)
+    host = address.host or query.pop("host", None)
+    return {
+        "host": host,
+        "port": address.port or (int(str(query["port"])) if "port" in query else None),
+        "user": address.username,
+        "password": address.password,
+        "database": address.database,
+        "ssl": sslmode,
+    }

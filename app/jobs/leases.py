@@ -1,0 +1,180 @@
+"""Leases: the time-limited, exclusive right of one worker to talk to a host and to run its jobs.
+
+A host's row says when it may next be claimed, which is also when its lease ends. Functions take a session and never
+commit. Locks hosts in key order, before any job.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import text
+from sqlalchemy.engine import Row
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.jobs.values import Lease
+
+LOCK_DUE_HOSTS = text("""
+    SELECT shard, host, lease, back_offs, owner IS NOT NULL AS was_lost FROM host
+    WHERE next_at <= now() AND next_at < 'infinity'
+    ORDER BY next_at LIMIT :hosts_max FOR UPDATE SKIP LOCKED
+""")
+
+LOCK_HELD_HOSTS = text("""
+    SELECT host.shard, host.host FROM host
+    JOIN unnest(CAST(:shards AS smallint[]), CAST(:hosts AS text[]), CAST(:leases AS bigint[]))
+        AS held(shard, host, lease)
+    ON host.shard = held.shard AND host.host = held.host AND host.lease = held.lease
+    WHERE host.owner = :owner
+    ORDER BY host.shard, host.host FOR UPDATE OF host
+""")
+
+LEASE_HOSTS = text("""
+    UPDATE host SET lease = host.lease + 1, owner = :owner, next_at = now() + make_interval(secs => :lease_s)
+    FROM unnest(CAST(:shards AS smallint[]), CAST(:hosts AS text[])) AS claimed(shard, host)
+    WHERE host.shard = claimed.shard AND host.host = claimed.host
+""")
+
+# The batches that wait at a host, found by jumping from one to the next in the index: a paused or cancelled million
+# costs one step. Not a DISTINCT, which would read every entry.
+WAITING_BATCHES = """
+    WITH RECURSIVE waiting(batch_id) AS (
+        (SELECT batch_id FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
+         ORDER BY batch_id LIMIT 1)
+        UNION ALL
+        SELECT (SELECT batch_id FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
+                AND batch_id > waiting.batch_id ORDER BY batch_id LIMIT 1)
+        FROM waiting WHERE waiting.batch_id IS NOT NULL
+    )
+    SELECT batch_id FROM waiting
+    WHERE batch_id IS NOT NULL AND NOT (
+        SELECT cancel_requested FROM tally WHERE tally.shard = turn.shard AND tally.batch_id = waiting.batch_id
+    )
+"""
+
+# Reads with a snapshot newer than its lock on the host, and enqueue locks the host last: a job that this does not see
+# is committed by an enqueue that still waits for the host and will set `next_at` itself. So no wake-up is lost.
+REST_HOSTS = text(f"""
+    UPDATE host SET owner = NULL, not_before = greatest(host.not_before, now() + make_interval(secs => turn.rest_s)),
+        next_at = greatest(host.not_before, now() + make_interval(secs => turn.rest_s), coalesce((
+        SELECT min(first.run_at) FROM ({WAITING_BATCHES}) AS claimable
+        CROSS JOIN LATERAL (
+            SELECT run_at FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
+                AND batch_id = claimable.batch_id ORDER BY run_at LIMIT 1
+        ) AS first
+    ), 'infinity'))
+    FROM unnest(CAST(:shards AS smallint[]), CAST(:hosts AS text[]), CAST(:rests_s AS float8[]))
+        AS turn(shard, host, rest_s)
+    WHERE host.shard = turn.shard AND host.host = turn.host
+""")
+
+
+async def lock_due(session: AsyncSession, *, hosts_max: int) -> Sequence[Row[Any]]:
+    """Lock hosts that are due, the longest waiting first, passing over those that others lock just now."""
+    return (await session.execute(LOCK_DUE_HOSTS, {"hosts_max": hosts_max})).all()
+
+
+async def lock_held(session: AsyncSession, owner: UUID, leases: Sequence[Lease]) -> set[tuple[int, str]]:
+    """Lock those of the hosts that `owner` still holds under these leases; return their (shard, host)."""
+    result = await session.execute(LOCK_HELD_HOSTS, {"owner": owner, **_lease_arrays(leases)})
+    return {(row.shard, row.host) for row in result}
+
+
+async def lease(session: AsyncSession, owner: UUID, leases: Sequence[Lease], *, lease_s: float) -> None:
+    """Lease locked hosts to `owner`, under new lease numbers."""
+    if leases:
+        keys = {"shards": [lease.shard for lease in leases], "hosts": [lease.host for lease in leases]}
+        await session.execute(LEASE_HOSTS, {"owner": owner, "lease_s": lease_s, **keys})
+
+
+async def rest(session: AsyncSession, rests_s: Mapping[tuple[int, str], float]) -> None:
+    """Leave locked hosts to nobody: due with their next job, parked without one, and not before their rest is over."""
+    if rests_s:
+        keys = {"shards": [shard for shard, _ in rests_s], "hosts": [host for _, host in rests_s]}
+        await session.execute(REST_HOSTS, {"rests_s": list(rests_s.values()), **keys})
+
+
+async def release(session: AsyncSession, owner: UUID, rests_s: Mapping[Lease, float]) -> None:
+    """Give hosts back, none of whose jobs is running: due when their next job is, or parked.
+
+    Each is left alone for the seconds given, which is how the delay between fetches outlives a lease.
+    """
+    rests = {(lease.shard, lease.host): rest_s for lease, rest_s in rests_s.items()}
+    held = await lock_held(session, owner, list(rests_s))
+    await rest(session, {key: rests[key] for key in held})
+
+
+# In order, so that it stays on the index even when most hosts are due.
+IS_ANY_DUE = text("""
+    SELECT true FROM host WHERE next_at <= now() AND next_at < 'infinity' ORDER BY next_at LIMIT 1
+""")
+
+
+async def is_any_due(session: AsyncSession) -> bool:
+    """Say whether some host waits to be claimed."""
+    return bool(await session.scalar(IS_ANY_DUE))
+
+
+RENEW = text("""
+    WITH mine AS MATERIALIZED (
+        SELECT host.shard, host.host FROM host
+        JOIN unnest(CAST(:shards AS smallint[]), CAST(:hosts AS text[]), CAST(:leases AS bigint[]))
+            AS held(shard, host, lease)
+        ON host.shard = held.shard AND host.host = held.host AND host.lease = held.lease
+        WHERE host.owner = :owner
+        ORDER BY host.shard, host.host FOR UPDATE OF host
+    )
+    UPDATE host SET next_at = now() + make_interval(secs => :lease_s)
+    FROM mine WHERE host.shard = mine.shard AND host.host = mine.host
+    RETURNING host.shard, host.host
+""")
+
+
+async def renew(session: AsyncSession, owner: UUID, leases: Sequence[Lease], *, lease_s: float) -> set[tuple[int, str]]:
+    """Prolong leases; return the (shard, host) still held. The others are lost: nothing of theirs may be stored."""
+    result = await session.execute(RENEW, {"owner": owner, "lease_s": lease_s, **_lease_arrays(leases)})
+    return {(row.shard, row.host) for row in result}
+
+
+BACK_OFF = text("""
+    WITH held AS MATERIALIZED (
+        SELECT host.shard, host.host, b.delay_s, b.back_offs FROM host
+        JOIN unnest(CAST(:shards AS smallint[]), CAST(:hosts AS text[]), CAST(:leases AS bigint[]),
+            CAST(:delays_s AS float8[]), CAST(:back_offs AS int[])) AS b(shard, host, lease, delay_s, back_offs)
+        ON host.shard = b.shard AND host.host = b.host AND host.lease = b.lease
+        ORDER BY host.shard, host.host FOR UPDATE OF host
+    )
+    UPDATE host SET back_offs = held.back_offs, not_before = CASE WHEN held.back_offs = 0 THEN '-infinity'
+        ELSE greatest(host.not_before, now() + make_interval(secs => held.delay_s)) END
+    FROM held WHERE host.shard = held.shard AND host.host = held.host
+""")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackOff:
+    """Leave a host alone for `delay_s` seconds, for every batch; `count` 0 ends the back-off instead."""
+
+    lease: Lease
+    delay_s: float
+    count: int
+
+
+async def back_off(session: AsyncSession, back_offs: Sequence[BackOff]) -> None:
+    """Set or end the back-off of hosts, as far as their leases still stand."""
+    await session.execute(
+        BACK_OFF,
+        {
+            **_lease_arrays([back_off.lease for back_off in back_offs]),
+            "delays_s": [back_off.delay_s for back_off in back_offs],
+            "back_offs": [back_off.count for back_off in back_offs],
+        },
+    )
+
+
+def _lease_arrays(leases: Sequence[Lease]) -> dict[str, list[Any]]:
+    return {
+        "shards": [lease.shard for lease in leases],
+        "hosts": [lease.host for lease in leases],
+        "leases": [lease.number for lease in leases],
+    }

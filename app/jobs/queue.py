@@ -1,0 +1,436 @@
+"""Every change of a job's status, and the host leases under which jobs run: one guarded statement each.
+
+Functions take a session and never commit; the caller's `async with sessions.begin()` is the transaction. Locks are
+taken in one order everywhere (host, job, attempt, body, tally, batch) and in key order within each, so that they cannot
+deadlock. Decides nothing about retries: it stores what the worker decided.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.jobs import leases, tallies
+from app.jobs.ids import new_job_id, shard_of_host
+from app.jobs.leases import WAITING_BATCHES
+from app.jobs.tallies import Change, HistogramKey
+from app.jobs.values import ClaimedJob, Lease, NewBatch, NewJob, Recorded, Result
+
+INSERT_ROWS_MAX = 2_500
+"""Rows of one INSERT: enough to be fast, few enough not to hold an event loop for long."""
+
+BATCHES_PER_TURN_MAX = 100
+"""Batches of one host among which a claim shares its jobs out; older ones first."""
+
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+INSERT_BATCH = text("""
+    INSERT INTO batch (id, name, metadata, options, skipped, status, total, succeeded, failed, cancelled, finished_at)
+    VALUES (:id, :name, CAST(:metadata AS jsonb), CAST(:options AS jsonb), CAST(:skipped AS jsonb), :status, :total,
+        :none, :none, :none, CASE WHEN :status = 'completed' THEN now() END)
+""")
+
+INSERT_JOBS = text("""
+    INSERT INTO job (shard, id, batch_id, position, host, url, request, custom_id, metadata, repeatable, status, run_at)
+    SELECT j.shard, j.id, :batch_id, j.position, j.host, j.url, CAST(j.request AS jsonb), j.custom_id,
+        CAST(j.metadata AS jsonb), j.repeatable, 'queued', now()
+    FROM unnest(
+        CAST(:shards AS smallint[]), CAST(:ids AS uuid[]), CAST(:positions AS int[]), CAST(:hosts AS text[]),
+        CAST(:urls AS text[]), CAST(:requests AS text[]), CAST(:custom_ids AS text[]), CAST(:metadatas AS text[]),
+        CAST(:repeatables AS boolean[])
+    ) AS j(shard, id, position, host, url, request, custom_id, metadata, repeatable)
+""")
+
+INSERT_TALLIES = text("""
+    INSERT INTO tally (shard, batch_id, total, queued)
+    SELECT t.shard, :batch_id, t.total, t.total
+    FROM unnest(CAST(:shards AS smallint[]), CAST(:totals AS int[])) AS t(shard, total)
+""")
+
+# A leased host is only locked: whoever holds it looks for new jobs before letting go, and must wait for this commit.
+WAKE_HOSTS = text("""
+    INSERT INTO host (shard, host, next_at)
+    SELECT h.shard, h.host, now()
+    FROM unnest(CAST(:shards AS smallint[]), CAST(:hosts AS text[])) AS h(shard, host)
+    ON CONFLICT (shard, host) DO UPDATE SET next_at = greatest(host.not_before, least(host.next_at, excluded.next_at))
+    WHERE host.owner IS NULL AND host.next_at > excluded.next_at
+""")
+
+
+async def enqueue(session: AsyncSession, batch: NewBatch, jobs: Sequence[NewJob]) -> None:
+    """Store a batch and its jobs in the caller's transaction; a job's position is its index in `jobs`.
+
+    The host rows come last and in key order, just before the commit: they are what claims and renewals wait for.
+    """
+    await _insert_batch(session, batch, len(jobs))
+    for start in range(0, len(jobs), INSERT_ROWS_MAX):
+        await _insert_jobs(session, batch, jobs[start : start + INSERT_ROWS_MAX], start=start)
+    totals = Counter(shard_of_host(job.host) for job in jobs)
+    await session.execute(
+        INSERT_TALLIES, {"batch_id": batch.id, "shards": list(totals), "totals": list(totals.values())}
+    )
+    hosts = sorted({(shard_of_host(job.host), job.host) for job in jobs})
+    await session.execute(WAKE_HOSTS, {"shards": [shard for shard, _ in hosts], "hosts": [host for _, host in hosts]})
+
+
+async def notify(session: AsyncSession) -> None:
+    """Hint to the workers that there is work; a transaction of its own, for NOTIFY commits under a global lock."""
+    await session.execute(text("SELECT pg_notify('fetchpool_jobs', '')"))
+
+
+async def _insert_batch(session: AsyncSession, batch: NewBatch, total: int) -> None:
+    await session.execute(
+        INSERT_BATCH,
+        {
+            "id": batch.id,
+            "name": batch.name,
+            "metadata": _json(batch.metadata),
+            "options": _json(batch.options),
+            "skipped": _json(batch.skipped),
+            "status": "queued" if total else "completed",
+            "total": total,
+            "none": None if total else 0,
+        },
+    )
+
+
+async def _insert_jobs(session: AsyncSession, batch: NewBatch, jobs: Sequence[NewJob], *, start: int) -> None:
+    await session.execute(
+        INSERT_JOBS,
+        {
+            "batch_id": batch.id,
+            "shards": [shard_of_host(job.host) for job in jobs],
+            "ids": [new_job_id(job.host) for job in jobs],
+            "positions": list(range(start, start + len(jobs))),
+            "hosts": [job.host for job in jobs],
+            "urls": [job.url for job in jobs],
+            "requests": [_json(job.request) for job in jobs],
+            "custom_ids": [job.custom_id for job in jobs],
+            "metadatas": [_json(job.metadata) for job in jobs],
+            "repeatables": [_is_repeatable(batch.options, job.request or {}) for job in jobs],
+        },
+    )
+
+
+def _is_repeatable(options: dict[str, Any], request: dict[str, Any]) -> bool:
+    method = request.get("method", options.get("method", "GET"))
+    return method in SAFE_METHODS or bool(options.get("retry_unsafe", False))
+
+
+def _json(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, separators=(",", ":"))
+
+
+TAKE_JOBS = text(f"""
+    WITH turn AS MATERIALIZED (
+        SELECT * FROM unnest(
+            CAST(:shards AS smallint[]), CAST(:hosts AS text[]), CAST(:leases AS bigint[]), CAST(:wanted AS int[])
+        ) AS t(shard, host, lease, wanted)
+    ), picked AS MATERIALIZED (
+        SELECT turn.shard, due.id, turn.lease
+        FROM turn CROSS JOIN LATERAL (
+            SELECT due.id
+            FROM ({WAITING_BATCHES} LIMIT {BATCHES_PER_TURN_MAX}) AS sharing
+            CROSS JOIN LATERAL (
+                SELECT id, row_number() OVER (ORDER BY run_at) AS number FROM (
+                    SELECT id, run_at FROM job
+                    WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
+                        AND batch_id = sharing.batch_id AND run_at <= now()
+                    ORDER BY run_at LIMIT turn.wanted
+                ) AS first
+            ) AS due
+            ORDER BY due.number, random() LIMIT turn.wanted
+        ) AS due
+        LIMIT :jobs_max
+    ), locked AS MATERIALIZED (
+        SELECT job.shard, job.id, picked.lease FROM job JOIN picked ON job.shard = picked.shard AND job.id = picked.id
+        WHERE job.status = 'queued'
+        ORDER BY job.shard, job.id FOR UPDATE OF job SKIP LOCKED
+    )
+    UPDATE job SET status = 'running', attempt = attempt + 1, lease = locked.lease, started_at = now()
+    FROM locked WHERE job.shard = locked.shard AND job.id = locked.id AND job.status = 'queued'
+    RETURNING job.shard, job.id, job.batch_id, job.host, job.url, job.request, job.repeatable, job.attempt, job.lost,
+        job.lease
+""")
+
+
+async def claim(
+    session: AsyncSession, owner: UUID, *, hosts_max: int, jobs_max: int, jobs_per_host: int, lease_s: float
+) -> dict[Lease, list[ClaimedJob]]:
+    """Lease due hosts, the longest waiting first, and mark up to `jobs_max` of their jobs running.
+
+    A host with nothing to run now is parked until its next retry, or for good; one that found no room stays due.
+    """
+    rows = await leases.lock_due(session, hosts_max=hosts_max)
+    if not rows:
+        return {}
+    if lost := [(row.shard, row.host) for row in rows if row.was_lost]:
+        await rescue(session, lost)
+    offered = {
+        (row.shard, row.host): Lease(shard=row.shard, host=row.host, number=row.lease + 1, back_offs=row.back_offs)
+        for row in rows
+    }
+    jobs = await _take(session, [(lease, jobs_per_host) for lease in offered.values()], jobs_max=jobs_max)
+    claimed: dict[Lease, list[ClaimedJob]] = defaultdict(list)
+    for job in jobs:
+        claimed[offered[job.shard, job.host]].append(job)
+    had_room = len(jobs) < jobs_max
+    idle = [key for key, lease in offered.items() if lease not in claimed] if had_room else []
+    await leases.lease(session, owner, list(claimed), lease_s=lease_s)
+    await leases.rest(session, dict.fromkeys(idle, 0.0))
+    return claimed
+
+
+async def refill(
+    session: AsyncSession, owner: UUID, wanted: Sequence[tuple[Lease, int]], *, jobs_max: int
+) -> list[ClaimedJob]:
+    """Take more jobs of hosts that `owner` holds, at most the wanted number of each, in the same lease."""
+    held = await leases.lock_held(session, owner, [lease for lease, _ in wanted])
+    still = [(lease, count) for lease, count in wanted if (lease.shard, lease.host) in held]
+    return await _take(session, still, jobs_max=jobs_max) if still else []
+
+
+async def _take(session: AsyncSession, wanted: Sequence[tuple[Lease, int]], *, jobs_max: int) -> list[ClaimedJob]:
+    result = await session.execute(
+        TAKE_JOBS,
+        {
+            "shards": [lease.shard for lease, _ in wanted],
+            "hosts": [lease.host for lease, _ in wanted],
+            "leases": [lease.number for lease, _ in wanted],
+            "wanted": [count for _, count in wanted],
+            "jobs_max": jobs_max,
+        },
+    )
+    jobs = [ClaimedJob(**{**row._mapping, "request": row.request or {}}) for row in result]
+    await _count_moves(session, ((job.shard, job.batch_id) for job in jobs), leaving="queued", entering="running")
+    return jobs
+
+
+async def _count_moves(session: AsyncSession, keys: Iterable[tallies.Key], *, leaving: str, entering: str) -> set[UUID]:
+    changes: dict[tallies.Key, Change] = defaultdict(Change)
+    for key in keys:
+        changes[key].move(leaving, entering)
+    return await tallies.change(session, changes)
+
+
+RECORD_JOBS = text("""
+    WITH result AS MATERIALIZED (
+        SELECT * FROM unnest(
+            CAST(:shards AS smallint[]), CAST(:ids AS uuid[]), CAST(:leases AS bigint[]), CAST(:attempts AS smallint[]),
+            CAST(:statuses AS text[]), CAST(:delays_s AS float8[]), CAST(:errors AS text[]), CAST(:details AS text[]),
+            CAST(:http_statuses AS smallint[]), CAST(:evidences AS text[]), CAST(:sha256s AS bytea[])
+        ) AS r(shard, id, lease, attempt, status, delay_s, error, detail, http_status, evidence, sha256)
+    ), locked AS MATERIALIZED (
+        SELECT job.shard, job.id, job.status AS left_status, result.lease, result.attempt, result.status,
+            result.delay_s, result.error, result.detail, result.http_status, result.evidence, result.sha256
+        FROM job JOIN result ON job.shard = result.shard AND job.id = result.id
+            AND job.lease = result.lease AND job.attempt = result.attempt
+        ORDER BY job.shard, job.id FOR UPDATE OF job
+    ), recorded AS (
+        UPDATE job SET
+            status = locked.status,
+            run_at = CASE WHEN locked.status = 'queued' THEN now() + make_interval(secs => locked.delay_s)
+                ELSE run_at END,
+            finished_at = CASE WHEN locked.status <> 'queued' THEN now() END,
+            error = locked.error, error_detail = locked.detail, http_status = locked.http_status,
+            evidence = CAST(locked.evidence AS jsonb), body_sha256 = locked.sha256
+        FROM locked
+        WHERE job.shard = locked.shard AND job.id = locked.id AND job.status = 'running'
+            AND job.lease = locked.lease AND job.attempt = locked.attempt
+        RETURNING job.shard, job.id, job.attempt, job.status, job.started_at, job.error, job.error_detail,
+            job.http_status, job.evidence
+    ), earlier AS (
+        INSERT INTO attempt (shard, job_id, number, started_at, finished_at, error, error_detail, http_status, evidence)
+        SELECT shard, id, attempt, started_at, now(), error, error_detail, http_status, evidence
+        FROM recorded WHERE status = 'queued'
+    )
+    SELECT locked.shard, locked.id, recorded.id IS NOT NULL AS is_new
+    FROM locked LEFT JOIN recorded ON recorded.shard = locked.shard AND recorded.id = locked.id
+    WHERE recorded.id IS NOT NULL OR locked.left_status <> 'running'
+""")
+
+# The update of a row that is there already locks it, so that no erasure can take the body away under this transaction.
+STORE_BODIES = text("""
+    INSERT INTO body (shard, sha256, encoding, content)
+    SELECT * FROM unnest(
+        CAST(:shards AS smallint[]), CAST(:sha256s AS bytea[]), CAST(:encodings AS text[]), CAST(:contents AS bytea[])
+    )
+    ON CONFLICT (shard, sha256) DO UPDATE SET stored_at = now()
+""")
+
+
+async def record(session: AsyncSession, results: Sequence[Result]) -> Recorded:
+    """Store results whose lease and attempt still stand; drop the others, and change nothing for them.
+
+    A result that this caller stored before (its commit was not confirmed) counts as stored.
+    """
+    rows = (await session.execute(RECORD_JOBS, _result_arrays(results))).all()
+    new = {(row.shard, row.id) for row in rows if row.is_new}
+    stored = [result for result in results if (result.job.shard, result.job.id) in new]
+    await _store_bodies(session, stored)
+    changes: dict[tallies.Key, Change] = defaultdict(Change)
+    outcomes: Counter[HistogramKey] = Counter()
+    for result in stored:
+        _add_to_change(changes[result.job.shard, result.job.batch_id], result)
+        outcomes.update(_histogram_keys(result))
+    maybe_finished = await tallies.change(session, changes)
+    await tallies.count_outcomes(session, outcomes)
+    return Recorded(count=len(rows), maybe_finished=maybe_finished)
+
+
+def _result_arrays(results: Sequence[Result]) -> dict[str, list[Any]]:
+    return {
+        "shards": [result.job.shard for result in results],
+        "ids": [result.job.id for result in results],
+        "leases": [result.job.lease for result in results],
+        "attempts": [result.job.attempt for result in results],
+        "statuses": [result.status for result in results],
+        "delays_s": [result.delay_s for result in results],
+        "errors": [result.error for result in results],
+        "details": [result.error_detail for result in results],
+        "http_statuses": [result.http_status for result in results],
+        "evidences": [result.evidence for result in results],
+        "sha256s": [result.body_sha256 for result in results],
+    }
+
+
+async def _store_bodies(session: AsyncSession, results: Sequence[Result]) -> None:
+    bodies = {
+        (result.job.shard, result.body_sha256): result
+        for result in results
+        if result.body is not None and result.body_sha256 is not None
+    }
+    if not bodies:
+        return
+    keys = sorted(bodies)
+    await session.execute(
+        STORE_BODIES,
+        {
+            "shards": [shard for shard, _ in keys],
+            "sha256s": [sha256 for _, sha256 in keys],
+            "encodings": [bodies[key].encoding for key in keys],
+            "contents": [bodies[key].body for key in keys],
+        },
+    )
+
+
+def _add_to_change(change: Change, result: Result) -> None:
+    change.move("running", result.status)
+    change.wire_bytes += result.wire_bytes
+    change.body_bytes += result.body_bytes
+
+
+def _histogram_keys(result: Result) -> Iterator[HistogramKey]:
+    if result.status == "queued":
+        return
+    if result.error is not None:
+        yield result.job.shard, result.job.batch_id, "error", result.error
+    if result.http_status is not None:
+        yield result.job.shard, result.job.batch_id, "http_status", str(result.http_status)
+
+
+GIVE_BACK = text("""
+    WITH held AS MATERIALIZED (
+        SELECT job.shard, job.id FROM job
+        JOIN unnest(CAST(:shards AS smallint[]), CAST(:ids AS uuid[]), CAST(:leases AS bigint[]),
+            CAST(:attempts AS smallint[])) AS mine(shard, id, lease, attempt)
+        ON job.shard = mine.shard AND job.id = mine.id AND job.lease = mine.lease AND job.attempt = mine.attempt
+        WHERE job.status = 'running'
+        ORDER BY job.shard, job.id FOR UPDATE OF job
+    )
+    UPDATE job SET status = 'queued', lost = lost + 1
+    FROM held WHERE job.shard = held.shard AND job.id = held.id AND job.status = 'running'
+    RETURNING job.shard, job.batch_id
+""")
+
+RESCUE = text("""
+    WITH stranded AS MATERIALIZED (
+        SELECT job.shard, job.id FROM job
+        JOIN unnest(CAST(:shards AS smallint[]), CAST(:hosts AS text[])) AS lost(shard, host)
+        ON job.shard = lost.shard AND job.host = lost.host
+        WHERE job.status = 'running'
+        ORDER BY job.shard, job.id FOR UPDATE OF job
+    )
+    UPDATE job SET
+        lost = lost + 1,
+        status = CASE WHEN repeatable THEN 'queued' ELSE 'failed' END,
+        finished_at = CASE WHEN repeatable THEN NULL ELSE now() END,
+        error = CASE WHEN repeatable THEN NULL ELSE 'worker_crashed' END,
+        error_detail = CASE WHEN repeatable THEN NULL ELSE :detail END
+    FROM stranded WHERE job.shard = stranded.shard AND job.id = stranded.id AND job.status = 'running'
+    RETURNING job.shard, job.batch_id, job.status
+""")
+
+CRASHED_DETAIL = (
+    "The worker was lost while it may have sent this request. "
+    "Set the option retry_unsafe to have such methods sent again."
+)
+
+CANCEL_QUEUED = text("""
+    WITH chosen AS MATERIALIZED (
+        SELECT shard, id FROM job
+        WHERE batch_id = :batch_id AND position >= :start AND position < :stop AND status = 'queued'
+        ORDER BY shard, id FOR UPDATE SKIP LOCKED
+    )
+    UPDATE job SET status = 'cancelled', finished_at = now(), error = 'cancelled', error_detail = NULL
+    FROM chosen WHERE job.shard = chosen.shard AND job.id = chosen.id AND job.status = 'queued'
+    RETURNING job.shard
+""")
+
+
+async def give_back(session: AsyncSession, jobs: Sequence[ClaimedJob]) -> None:
+    """Put claimed jobs back into the queue without charging the attempt: they had not started, or were interrupted."""
+    result = await session.execute(
+        GIVE_BACK,
+        {
+            "shards": [job.shard for job in jobs],
+            "ids": [job.id for job in jobs],
+            "leases": [job.lease for job in jobs],
+            "attempts": [job.attempt for job in jobs],
+        },
+    )
+    keys = [(row.shard, row.batch_id) for row in result]
+    await _count_moves(session, keys, leaving="running", entering="queued")
+
+
+async def rescue(session: AsyncSession, hosts: Sequence[tuple[int, str]]) -> None:
+    """Give the jobs of lost leases back; the caller has locked these (shard, host) and found their leases at an end.
+
+    A job whose request must not be repeated fails instead: it may have been sent.
+    """
+    rows = (
+        await session.execute(
+            RESCUE,
+            {
+                "shards": [shard for shard, _ in hosts],
+                "hosts": [host for _, host in hosts],
+                "detail": CRASHED_DETAIL,
+            },
+        )
+    ).all()
+    changes: dict[tallies.Key, Change] = defaultdict(Change)
+    outcomes: Counter[HistogramKey] = Counter()
+    for row in rows:
+        changes[row.shard, row.batch_id].move("running", row.status)
+        if row.status == "failed":
+            outcomes[row.shard, row.batch_id, "error", "worker_crashed"] += 1
+    await tallies.change(session, changes)
+    await tallies.count_outcomes(session, outcomes)
+
+
+async def cancel_queued(session: AsyncSession, batch_id: UUID, *, start: int, stop: int) -> int:
+    """Cancel a batch's queued jobs at positions `start` to `stop - 1`; return how many.
+
+    A job that somebody is changing at this moment is passed over: come again.
+    """
+    result = await session.execute(CANCEL_QUEUED, {"batch_id": batch_id, "start": start, "stop": stop})
+    shards = [row.shard for row in result]
+    outcomes = Counter((shard, batch_id, "error", "cancelled") for shard in shards)
+    await _count_moves(session, ((shard, batch_id) for shard in shards), leaving="queued", entering="cancelled")
+    await tallies.count_outcomes(session, outcomes)
+    return len(shards)

@@ -1,0 +1,357 @@
+"""What clients read: batches with their counts, jobs, bodies. Changes nothing.
+
+Returns plain values. A deleted batch, and every job of it, is not there. Counts come from the tallies, never from
+counting jobs, so that a batch of a million costs what one of ten does.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+from uuid import UUID
+
+import zstandard
+from sqlalchemy import text
+from sqlalchemy.engine import Row
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.jobs.ids import shard_of_job
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Jobs of a batch by status."""
+
+    total: int
+    queued: int
+    running: int
+    succeeded: int
+    failed: int
+    cancelled: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A batch as clients see it; `errors` and `http_statuses` count finished jobs."""
+
+    id: UUID
+    name: str | None
+    metadata: dict[str, Any] | None
+    options: dict[str, Any]
+    skipped: list[dict[str, Any]]
+    status: str
+    counts: Counts
+    errors: dict[str, int]
+    http_statuses: dict[str, int]
+    wire_bytes: int
+    body_bytes: int
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    cancel_requested_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A job as lists show it; `attempts` are those charged to the client, `run_at` is given while it waits."""
+
+    id: UUID
+    batch_id: UUID
+    position: int
+    url: str
+    host: str
+    method: str
+    custom_id: str | None
+    metadata: dict[str, Any] | None
+    status: str
+    attempts: int
+    run_at: datetime | None
+    error: str | None
+    error_detail: str | None
+    http_status: int | None
+    final_url: str | None
+    body_sha256: str | None
+    body_bytes: int | None
+    wire_bytes: int | None
+    total_ms: float | None
+    content_type: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One try of a job; `evidence` has the fields of `outcome.Evidence`."""
+
+    number: int
+    error: str | None
+    error_detail: str | None
+    http_status: int | None
+    started_at: datetime
+    finished_at: datetime
+    evidence: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobDetail(Job):
+    """Everything known of a job; request headers by name only, for their values may be secrets."""
+
+    request_header_names: list[str]
+    response_headers: list[list[str]] | None
+    evidence: dict[str, Any] | None
+    attempts_made: list[Attempt]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Body:
+    """The decoded bytes of a response; `sha256` in hex."""
+
+    content: bytes
+    content_type: str | None
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFilter:
+    """Which jobs to list; `None` means any."""
+
+    status: str | None = None
+    error: str | None = None
+    http_status: int | None = None
+    host: str | None = None
+
+
+ONE_BATCH = text("SELECT * FROM batch WHERE id = :id AND deleted_at IS NULL")
+
+MANY_BATCHES = text("""
+    SELECT * FROM batch
+    WHERE deleted_at IS NULL AND (CAST(:before AS uuid) IS NULL OR id < :before)
+        AND (CAST(:status AS text) IS NULL OR status = :status)
+    ORDER BY id DESC LIMIT :limit
+""")
+
+TALLIES = text("""
+    SELECT batch_id, sum(queued) AS queued, sum(running) AS running, sum(succeeded) AS succeeded, sum(failed) AS failed,
+        sum(cancelled) AS cancelled, sum(wire_bytes) AS wire_bytes, sum(body_bytes) AS body_bytes
+    FROM tally WHERE batch_id = ANY(CAST(:ids AS uuid[])) GROUP BY batch_id
+""")
+
+HISTOGRAMS = text("""
+    SELECT batch_id, kind, key, sum(n) AS n FROM histogram
+    WHERE batch_id = ANY(CAST(:ids AS uuid[])) GROUP BY batch_id, kind, key ORDER BY kind, key
+""")
+
+
+async def get_batch(session: AsyncSession, batch_id: UUID) -> Batch | None:
+    """Return a batch with its counts of this moment, `None` when there is none."""
+    rows = (await session.execute(ONE_BATCH, {"id": batch_id})).all()
+    return (await _with_counts(session, rows))[0] if rows else None
+
+
+async def list_batches(
+    session: AsyncSession, *, limit: int, before: UUID | None = None, status: str | None = None
+) -> list[Batch]:
+    """List batches, newest first; `before` is the id of the last one of the page before."""
+    rows = (await session.execute(MANY_BATCHES, {"limit": limit, "before": before, "status": status})).all()
+    return await _with_counts(session, rows)
+
+
+async def _with_counts(session: AsyncSession, rows: Sequence[Row[Any]]) -> list[Batch]:
+    ids = [row.id for row in rows]
+    tallies = {row.batch_id: row for row in await session.execute(TALLIES, {"ids": ids})}
+    histograms: dict[tuple[UUID, str], dict[str, int]] = defaultdict(dict)
+    for row in await session.execute(HISTOGRAMS, {"ids": ids}):
+        histograms[row.batch_id, row.kind][row.key] = int(row.n)
+    return [
+        _batch(row, tallies.get(row.id), histograms[row.id, "error"], histograms[row.id, "http_status"]) for row in rows
+    ]
+
+
+def _batch(row: Row[Any], tally: Row[Any] | None, errors: dict[str, int], http_statuses: dict[str, int]) -> Batch:
+    def counted(name: str) -> int:
+        return int(getattr(tally, name)) if tally is not None else 0
+
+    return Batch(
+        id=row.id,
+        name=row.name,
+        metadata=row.metadata,
+        options=row.options,
+        skipped=row.skipped,
+        status=row.status,
+        counts=Counts(
+            total=row.total,
+            **{name: counted(name) for name in ("queued", "running", "succeeded", "failed", "cancelled")},
+        ),
+        errors=errors,
+        http_statuses=http_statuses,
+        wire_bytes=counted("wire_bytes"),
+        body_bytes=counted("body_bytes"),
+        created_at=row.created_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+        cancel_requested_at=row.cancel_requested_at,
+    )
+
+
+JOB_COLUMNS = """
+    job.shard, job.id, job.batch_id, job.position, job.url, job.host, job.request, job.custom_id, job.metadata,
+    job.status, job.run_at, job.attempt, job.lost, job.error, job.error_detail, job.http_status, job.evidence,
+    job.body_sha256, job.started_at, job.finished_at, batch.created_at, batch.options
+"""
+
+MANY_JOBS = text(f"""
+    SELECT {JOB_COLUMNS} FROM job JOIN batch ON batch.id = job.batch_id AND batch.deleted_at IS NULL
+    WHERE job.batch_id = :batch_id AND job.position > :after
+        AND (CAST(:status AS text) IS NULL OR job.status = :status)
+        AND (CAST(:error AS text) IS NULL OR job.error = :error)
+        AND (CAST(:http_status AS int) IS NULL OR job.http_status = :http_status)
+        AND (CAST(:host AS text) IS NULL OR job.host = :host)
+    ORDER BY job.position LIMIT :limit
+""")
+
+ONE_JOB = text(f"""
+    SELECT {JOB_COLUMNS} FROM job JOIN batch ON batch.id = job.batch_id AND batch.deleted_at IS NULL
+    WHERE job.shard = :shard AND job.id = :id
+""")
+
+ATTEMPTS = text("SELECT * FROM attempt WHERE shard = :shard AND job_id = :id ORDER BY number")
+
+
+async def list_jobs(
+    session: AsyncSession, batch_id: UUID, *, after: int = -1, limit: int, where: JobFilter
+) -> list[Job]:
+    """List a batch's jobs in the order they were given; `after` is the position of the last one seen."""
+    rows = await session.execute(
+        MANY_JOBS,
+        {
+            "batch_id": batch_id,
+            "after": after,
+            "limit": limit,
+            "status": where.status,
+            "error": where.error,
+            "http_status": where.http_status,
+            "host": where.host,
+        },
+    )
+    return [Job(**_job_fields(row)) for row in rows]
+
+
+async def get_job(session: AsyncSession, job_id: UUID) -> JobDetail | None:
+    """Return everything known of a job, `None` when there is none."""
+    keys = {"shard": shard_of_job(job_id), "id": job_id}
+    row = (await session.execute(ONE_JOB, keys)).first()
+    if row is None:
+        return None
+    earlier = [_earlier_attempt(attempt) for attempt in await session.execute(ATTEMPTS, keys)]
+    evidence = row.evidence or {}
+    return JobDetail(
+        **_job_fields(row),
+        request_header_names=_header_names(row),
+        response_headers=evidence.get("headers"),
+        evidence=_fetch_evidence(evidence) if row.finished_at and evidence else None,
+        attempts_made=[*earlier, *_last_attempt(row)],
+    )
+
+
+def _job_fields(row: Row[Any]) -> dict[str, Any]:
+    evidence = row.evidence or {}
+    request = row.request or {}
+    is_finished = row.finished_at is not None
+    return {
+        "id": row.id,
+        "batch_id": row.batch_id,
+        "position": row.position,
+        "url": row.url,
+        "host": row.host,
+        "method": request.get("method", row.options.get("method", "GET")),
+        "custom_id": row.custom_id,
+        "metadata": row.metadata,
+        "status": row.status,
+        "attempts": row.attempt - row.lost,
+        "run_at": row.run_at if row.status == "queued" else None,
+        "error": row.error,
+        "error_detail": row.error_detail,
+        "http_status": row.http_status,
+        "final_url": evidence.get("final_url"),
+        "body_sha256": row.body_sha256.hex() if row.body_sha256 is not None else None,
+        "body_bytes": evidence.get("body_bytes") if is_finished else None,
+        "wire_bytes": evidence.get("wire_bytes") if is_finished else None,
+        "total_ms": evidence.get("total_ms") if is_finished else None,
+        "content_type": _content_type(evidence),
+        "created_at": row.created_at,
+        "started_at": row.started_at,
+        "finished_at": row.finished_at,
+    }
+
+
+def _content_type(evidence: dict[str, Any]) -> str | None:
+    return next((value for name, value in evidence.get("headers") or () if name.lower() == "content-type"), None)
+
+
+def _header_names(row: Row[Any]) -> list[str]:
+    own = [name for name, _ in (row.request or {}).get("headers", ())]
+    shared = [name for name, _ in row.options.get("headers", ())]
+    return sorted({*own, *shared}, key=str.lower)
+
+
+def _earlier_attempt(row: Row[Any]) -> Attempt:
+    return Attempt(
+        number=row.number,
+        error=row.error,
+        error_detail=row.error_detail,
+        http_status=row.http_status,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+        evidence=_fetch_evidence(row.evidence or {}),
+    )
+
+
+def _last_attempt(row: Row[Any]) -> list[Attempt]:
+    """The attempt that finished the job is on the job's own row; a job cancelled in the queue has none."""
+    if row.finished_at is None or row.evidence is None:
+        return []
+    return [
+        Attempt(
+            number=row.attempt,
+            error=row.error,
+            error_detail=row.error_detail,
+            http_status=row.http_status,
+            started_at=row.started_at,
+            finished_at=row.finished_at,
+            evidence=_fetch_evidence(row.evidence),
+        )
+    ]
+
+
+def _fetch_evidence(stored: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in stored.items() if name not in ("headers", "final_url")}
+
+
+ONE_BODY = text("""
+    SELECT job.finished_at, job.evidence, body.sha256, body.encoding, body.content
+    FROM job JOIN batch ON batch.id = job.batch_id AND batch.deleted_at IS NULL
+    LEFT JOIN body ON body.shard = job.shard AND body.sha256 = job.body_sha256
+    WHERE job.shard = :shard AND job.id = :id
+""")
+
+
+async def get_body(session: AsyncSession, job_id: UUID) -> Body | Literal["missing", "unfinished", "none"]:
+    """Return a job's body, or why there is none: no such job, not finished, or nothing was received."""
+    row = (await session.execute(ONE_BODY, {"shard": shard_of_job(job_id), "id": job_id})).first()
+    if row is None:
+        return "missing"
+    if row.finished_at is None:
+        return "unfinished"
+    if row.content is None:
+        return "none"
+    return Body(
+        content=_decode(row.content, row.encoding),
+        content_type=_content_type(row.evidence or {}),
+        sha256=row.sha256.hex(),
+    )
+
+
+def _decode(content: bytes, encoding: str) -> bytes:
+    return zstandard.decompress(content) if encoding == "zstd" else content

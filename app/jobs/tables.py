@@ -1,0 +1,224 @@
+"""The tables. Their named CHECKs carry the status rules, so that a wrong program cannot store a wrong row.
+
+Every table but `batch` and `worker` is led by `shard`, the top 8 bits of the host's hash, so that it could be spread
+over many servers; no foreign key, sequence, trigger or unique constraint crosses a shard. Each index says what for.
+"""
+
+from sqlalchemy import (
+    DDL,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    SmallInteger,
+    Table,
+    Text,
+    Uuid,
+    event,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "ck": "%(table_name)s_%(constraint_name)s",
+        "ix": "%(column_0_label)s",
+    }
+)
+
+HOT_ROWS = {"fillfactor": "50", "autovacuum_vacuum_scale_factor": "0.02", "autovacuum_vacuum_cost_delay": "1"}
+"""For tables whose rows change again and again: room for the next version, and a vacuum that keeps up."""
+
+
+def _time(name: str, *, nullable: bool = True, default: str | None = None) -> Column[object]:
+    return Column(name, DateTime(timezone=True), nullable=nullable, server_default=text(default) if default else None)
+
+
+def _count(name: str) -> Column[int]:
+    return Column(name, Integer, nullable=False, server_default=text("0"))
+
+
+batch = Table(
+    "batch",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", Text),
+    Column("metadata", JSONB),
+    Column("options", JSONB, nullable=False),
+    Column("skipped", JSONB, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("total", Integer, nullable=False),
+    Column("succeeded", Integer),
+    Column("failed", Integer),
+    Column("cancelled", Integer),
+    _time("created_at", nullable=False, default="now()"),
+    _time("started_at"),
+    _time("finished_at"),
+    _time("cancel_requested_at"),
+    _time("deleted_at"),
+    CheckConstraint("status IN ('queued', 'running', 'completed', 'cancelled')", name="status_known"),
+    CheckConstraint("(status IN ('completed', 'cancelled')) = (finished_at IS NOT NULL)", name="finished_has_time"),
+    CheckConstraint("status <> 'cancelled' OR cancel_requested_at IS NOT NULL", name="cancelled_was_requested"),
+    CheckConstraint("finished_at IS NULL OR succeeded + failed + cancelled = total", name="finished_adds_up"),
+    CheckConstraint("deleted_at IS NULL OR finished_at IS NOT NULL", name="deleted_was_finished"),
+    # upkeep: batches that may be finished, or have rows to cancel
+    Index("batch_unfinished", "id", postgresql_where=text("finished_at IS NULL")),
+    # upkeep: batches whose rows are to be erased
+    Index("batch_deleted", "id", postgresql_where=text("deleted_at IS NOT NULL")),
+)
+
+host = Table(
+    "host",
+    metadata,
+    Column("shard", SmallInteger, nullable=False),
+    Column("host", Text, nullable=False),
+    # when it may next be claimed: due time, or end of the lease; infinity: parked
+    _time("next_at", nullable=False),
+    # back-off, kept apart from the due time so that an enqueue cannot shorten it
+    _time("not_before", nullable=False, default="'-infinity'"),
+    Column("lease", BigInteger, nullable=False, server_default=text("0")),
+    Column("owner", Uuid),
+    _count("back_offs"),
+    PrimaryKeyConstraint("shard", "host"),
+    CheckConstraint("owner IS NULL OR next_at < 'infinity'", name="leased_ends"),
+    # queue.claim: hosts that are due, the longest waiting first
+    Index("host_due", "next_at", postgresql_where=text("next_at < 'infinity'")),
+    postgresql_with=HOT_ROWS,
+)
+
+job = Table(
+    "job",
+    metadata,
+    Column("shard", SmallInteger, nullable=False),
+    Column("id", Uuid, nullable=False),
+    Column("batch_id", Uuid, nullable=False),
+    Column("position", Integer, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("request", JSONB),
+    Column("custom_id", Text),
+    Column("metadata", JSONB),
+    # may be fetched again when a request of it may have been sent
+    Column("repeatable", Boolean, nullable=False),
+    Column("status", Text, nullable=False),
+    _time("run_at", nullable=False),
+    Column("attempt", SmallInteger, nullable=False, server_default=text("0")),
+    Column("lost", SmallInteger, nullable=False, server_default=text("0")),
+    Column("lease", BigInteger),
+    _time("started_at"),
+    _time("finished_at"),
+    Column("error", Text),
+    Column("error_detail", Text),
+    Column("http_status", SmallInteger),
+    Column("evidence", JSONB),
+    Column("body_sha256", LargeBinary),
+    PrimaryKeyConstraint("shard", "id"),
+    CheckConstraint("status IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="status_known"),
+    CheckConstraint("status <> 'running' OR (lease IS NOT NULL AND started_at IS NOT NULL)", name="running_is_leased"),
+    CheckConstraint(
+        "(status IN ('succeeded', 'failed', 'cancelled')) = (finished_at IS NOT NULL)", name="finished_has_time"
+    ),
+    CheckConstraint(
+        "status <> 'succeeded' OR (error IS NULL AND http_status IS NOT NULL)", name="succeeded_has_status"
+    ),
+    CheckConstraint("status <> 'failed' OR error IS NOT NULL", name="failed_has_error"),
+    CheckConstraint("0 <= lost AND lost <= attempt", name="lost_was_attempted"),
+    # reads.list_jobs, and chunks of a batch that is cancelled or erased
+    Index("job_batch", "batch_id", "position"),
+    # queue.claim and refill: what a host has to run, by turns over its batches
+    Index("job_claim", "shard", "host", "batch_id", "run_at", postgresql_where=text("status = 'queued'")),
+    # queue.rescue: what ran under a lost lease
+    Index("job_running", "shard", "host", postgresql_where=text("status = 'running'")),
+    # queue.erase: whether a body is still wanted
+    Index("job_body", "shard", "body_sha256", postgresql_where=text("body_sha256 IS NOT NULL")),
+    postgresql_with={"autovacuum_vacuum_scale_factor": "0.02", "autovacuum_vacuum_cost_delay": "1"},
+)
+
+attempt = Table(
+    "attempt",
+    metadata,
+    Column("shard", SmallInteger, nullable=False),
+    Column("job_id", Uuid, nullable=False),
+    Column("number", SmallInteger, nullable=False),
+    _time("started_at", nullable=False),
+    _time("finished_at", nullable=False),
+    Column("error", Text, nullable=False),
+    Column("error_detail", Text),
+    Column("http_status", SmallInteger),
+    Column("evidence", JSONB),
+    PrimaryKeyConstraint("shard", "job_id", "number"),
+)
+
+body = Table(
+    "body",
+    metadata,
+    Column("shard", SmallInteger, nullable=False),
+    Column("sha256", LargeBinary, nullable=False),
+    Column("encoding", Text, nullable=False),
+    Column("content", LargeBinary, nullable=False),
+    _time("stored_at", nullable=False, default="now()"),
+    PrimaryKeyConstraint("shard", "sha256"),
+    CheckConstraint("encoding IN ('identity', 'zstd')", name="encoding_known"),
+    CheckConstraint("octet_length(sha256) = 32", name="sha256_whole"),
+)
+"""`content` is compressed by the worker where that helps, so PostgreSQL keeps it as it is."""
+BODY_STORAGE = "ALTER TABLE body ALTER COLUMN content SET STORAGE EXTERNAL"
+event.listen(body, "after_create", DDL(BODY_STORAGE))  # type: ignore[no-untyped-call]  # SQLAlchemy 2.1 leaves it without types
+
+tally = Table(
+    "tally",
+    metadata,
+    Column("shard", SmallInteger, nullable=False),
+    Column("batch_id", Uuid, nullable=False),
+    _count("total"),
+    _count("queued"),
+    _count("running"),
+    _count("succeeded"),
+    _count("failed"),
+    _count("cancelled"),
+    Column("wire_bytes", BigInteger, nullable=False, server_default=text("0")),
+    Column("body_bytes", BigInteger, nullable=False, server_default=text("0")),
+    Column("cancel_requested", Boolean, nullable=False, server_default=text("false")),
+    PrimaryKeyConstraint("shard", "batch_id"),
+    CheckConstraint("least(queued, running, succeeded, failed, cancelled) >= 0", name="counts_not_negative"),
+    CheckConstraint("queued + running + succeeded + failed + cancelled = total", name="counts_add_up"),
+    # reads.get_batch: the at most 256 rows of a batch
+    Index("tally_batch", "batch_id"),
+    postgresql_with=HOT_ROWS,
+)
+
+histogram = Table(
+    "histogram",
+    metadata,
+    Column("shard", SmallInteger, nullable=False),
+    Column("batch_id", Uuid, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("n", BigInteger, nullable=False),
+    PrimaryKeyConstraint("shard", "batch_id", "kind", "key"),
+    CheckConstraint("kind IN ('error', 'http_status')", name="kind_known"),
+    # reads.get_batch
+    Index("histogram_batch", "batch_id"),
+    postgresql_with=HOT_ROWS,
+)
+
+worker = Table(
+    "worker",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("machine", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("slots", Integer, nullable=False),
+    Column("running", Integer, nullable=False),
+    _time("started_at", nullable=False, default="now()"),
+    _time("beat_at", nullable=False, default="now()"),
+)
+"""A heartbeat per process, for people and metrics; nothing depends on it."""

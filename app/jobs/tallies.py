@@ -1,0 +1,111 @@
+"""The counts of a batch, kept per shard in the same transaction as the jobs they count.
+
+Never counts jobs by reading them. Rows are locked in key order, after the jobs and bodies of the same transaction.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
+
+Key = tuple[int, UUID]
+"""(shard, batch id)."""
+
+
+@dataclass(slots=True)
+class Change:
+    """What one transaction adds to one tally row; negative where jobs left a status."""
+
+    queued: int = 0
+    running: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    wire_bytes: int = 0
+    body_bytes: int = 0
+
+    def move(self, leaving: str, entering: str) -> None:
+        """Count one job that left one status for another."""
+        setattr(self, leaving, getattr(self, leaving) - 1)
+        setattr(self, entering, getattr(self, entering) + 1)
+
+
+CHANGE = text("""
+    WITH change AS (
+        SELECT * FROM unnest(
+            CAST(:shards AS smallint[]), CAST(:batch_ids AS uuid[]), CAST(:queued AS int[]), CAST(:running AS int[]),
+            CAST(:succeeded AS int[]), CAST(:failed AS int[]), CAST(:cancelled AS int[]),
+            CAST(:wire_bytes AS bigint[]), CAST(:body_bytes AS bigint[])
+        ) AS c(shard, batch_id, queued, running, succeeded, failed, cancelled, wire_bytes, body_bytes)
+    ), locked AS MATERIALIZED (
+        SELECT change.* FROM tally JOIN change USING (shard, batch_id)
+        ORDER BY shard, batch_id FOR UPDATE OF tally
+    )
+    UPDATE tally SET
+        queued = tally.queued + locked.queued,
+        running = tally.running + locked.running,
+        succeeded = tally.succeeded + locked.succeeded,
+        failed = tally.failed + locked.failed,
+        cancelled = tally.cancelled + locked.cancelled,
+        wire_bytes = tally.wire_bytes + locked.wire_bytes,
+        body_bytes = tally.body_bytes + locked.body_bytes
+    FROM locked
+    WHERE tally.shard = locked.shard AND tally.batch_id = locked.batch_id
+    RETURNING tally.batch_id, tally.queued + tally.running AS unfinished
+""")
+
+
+async def change(session: AsyncSession, changes: Mapping[Key, Change]) -> set[UUID]:
+    """Add the changes to their tally rows; return the batches of which a row has nothing left to run."""
+    if not changes:
+        return set()
+    keys = sorted(changes)
+    rows = [changes[key] for key in keys]
+    result = await session.execute(
+        CHANGE,
+        {
+            "shards": [shard for shard, _ in keys],
+            "batch_ids": [batch_id for _, batch_id in keys],
+            "queued": [row.queued for row in rows],
+            "running": [row.running for row in rows],
+            "succeeded": [row.succeeded for row in rows],
+            "failed": [row.failed for row in rows],
+            "cancelled": [row.cancelled for row in rows],
+            "wire_bytes": [row.wire_bytes for row in rows],
+            "body_bytes": [row.body_bytes for row in rows],
+        },
+    )
+    return {row.batch_id for row in result if row.unfinished == 0}
+
+
+HistogramKey = tuple[int, UUID, str, str]
+"""(shard, batch id, kind, key), where kind is `error` or `http_status`."""
+
+COUNT_OUTCOMES = text("""
+    INSERT INTO histogram (shard, batch_id, kind, key, n)
+    SELECT * FROM unnest(
+        CAST(:shards AS smallint[]), CAST(:batch_ids AS uuid[]), CAST(:kinds AS text[]), CAST(:keys AS text[]),
+        CAST(:counts AS bigint[])
+    )
+    ON CONFLICT (shard, batch_id, kind, key) DO UPDATE SET n = histogram.n + excluded.n
+""")
+
+
+async def count_outcomes(session: AsyncSession, outcomes: Counter[HistogramKey]) -> None:
+    """Add finished jobs to the histograms of errors and HTTP statuses."""
+    if not outcomes:
+        return
+    keys = sorted(outcomes)
+    await session.execute(
+        COUNT_OUTCOMES,
+        {
+            "shards": [key[0] for key in keys],
+            "batch_ids": [key[1] for key in keys],
+            "kinds": [key[2] for key in keys],
+            "keys": [key[3] for key in keys],
+            "counts": [outcomes[key] for key in keys],
+        },
+    )

@@ -1,0 +1,56 @@
+"""The migrations build exactly the tables that the code believes in."""
+
+import asyncio
+
+from app.jobs.database import make_engine, migrate
+from app.jobs.tables import metadata
+from tests.databases import connect, drop, recreate, with_database
+
+SCHEMA = """
+    SELECT 'column', c.relname || '.' || a.attname,
+        format_type(a.atttypid, a.atttypmod) || ' ' || a.attnotnull || ' ' || a.attstorage::text || ' '
+        || coalesce(pg_get_expr(d.adbin, d.adrelid), '')
+    FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid 
+    LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
+    WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'r' AND a.attnum > 0 AND NOT a.attisdropped
+    UNION ALL
+    SELECT 'constraint', conrelid::regclass || '.' || conname, pg_get_constraintdef(oid) FROM pg_constraint
+    WHERE connamespace = 'public'::regnamespace
+    UNION ALL
+    SELECT 'index', indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'
+    UNION ALL
+    SELECT 'table', relname, coalesce(array_to_string(reloptions, ' '), '') FROM pg_class
+    WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
+"""
+
+
+async def schema(url: str) -> set[tuple[str, ...]]:
+    connection = await connect(url)
+    try:
+        rows = await connection.fetch(SCHEMA)
+    finally:
+        await connection.close()
+    return {tuple(row) for row in rows if "alembic_version" not in row[1]}
+
+
+async def test_migrations_and_models_are_equal(server_url: str, database_url: str) -> None:
+    name = "fetchpool_models"
+    await recreate(server_url, name, template="template0")
+    url = with_database(server_url, name)
+    engine = make_engine(url)
+    async with engine.begin() as connection:
+        await connection.run_sync(metadata.create_all)
+    await engine.dispose()
+    from_models, from_migrations = await schema(url), await schema(database_url)
+    await drop(server_url, name)
+    assert from_models == from_migrations
+
+
+async def test_many_processes_may_migrate_one_database_at_once(server_url: str) -> None:
+    name = "fetchpool_many"
+    await recreate(server_url, name, template="template0")
+    url = with_database(server_url, name)
+    await asyncio.gather(*(migrate(url) for _ in range(5)))
+    tables = {key for kind, key, _ in await schema(url) if kind == "table"}
+    await drop(server_url, name)
+    assert tables == set(metadata.tables)

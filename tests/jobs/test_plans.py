@@ -1,0 +1,123 @@
+"""Every hot statement stays on its index, however large the tables are."""
+
+from collections.abc import Mapping
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import TextClause, text
+
+from app.jobs import batches, leases, queue, reads, tallies
+from app.jobs.database import Sessions
+from app.jobs.ids import shard_of_host
+
+JOBS = 50_000
+HOSTS = 5_000
+
+FILL = """
+    WITH made AS (
+        SELECT n, (n % 256)::smallint AS shard, 'host' || (n % :hosts) AS host,
+            ('00000000-0000-7000-8000-0000000000' || lpad(to_hex(n % 8), 2, '0'))::uuid AS batch_id
+        FROM generate_series(1, :jobs) AS n
+    ), jobs AS (
+        INSERT INTO job
+            (shard, id, batch_id, position, host, url, repeatable, status, run_at, attempt, lease, started_at)
+        SELECT shard, gen_random_uuid(), batch_id, n, host, 'http://' || host || '/', true,
+            CASE WHEN n % 50 = 0 THEN 'running' ELSE 'queued' END, now(), 1, 1, now() FROM made
+    ), hosts AS (
+        INSERT INTO host (shard, host, next_at) SELECT DISTINCT ON (shard, host) shard, host, now() FROM made
+    ), tallies AS (
+        INSERT INTO tally (shard, batch_id, total, queued)
+        SELECT shard, batch_id, count(*), count(*) FROM made GROUP BY 1, 2
+    ), bodies AS (
+        INSERT INTO body (shard, sha256, encoding, content)
+        SELECT DISTINCT ON (n) shard, sha256(n::text::bytea), 'identity', '' FROM made
+    )
+    INSERT INTO histogram (shard, batch_id, kind, key, n)
+    SELECT DISTINCT shard, batch_id, 'error', 'read_timeout', 1 FROM made
+"""
+
+
+@pytest.fixture
+async def filled(sessions: Sessions) -> Sessions:
+    async with sessions.begin() as session:
+        await session.execute(text(FILL), {"jobs": JOBS, "hosts": HOSTS})
+    async with sessions() as session:
+        connection = await session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+        await connection.execute(text("VACUUM ANALYZE"))
+    return sessions
+
+
+async def plan(sessions: Sessions, statement: TextClause, values: Mapping[str, Any]) -> str:
+    async with sessions.begin() as session:
+        rows = await session.execute(text(f"EXPLAIN {statement.text}"), dict(values))
+        return "\n".join(row[0] for row in rows)
+
+
+HOST = {"shards": [shard_of_host("h")], "hosts": ["h"]}
+HELD = {**HOST, "leases": [1], "owner": uuid4()}
+JOB = {"shards": [1], "ids": [uuid4()], "leases": [1], "attempts": [1]}
+COUNTED = ("queued", "running", "succeeded", "failed", "cancelled", "wire_bytes", "body_bytes")
+COUNTS = {name: [1] for name in COUNTED}
+
+STATEMENTS: list[tuple[str, TextClause, Mapping[str, Any]]] = [
+    ("lock due hosts", leases.LOCK_DUE_HOSTS, {"hosts_max": 40}),
+    ("lock held hosts", leases.LOCK_HELD_HOSTS, HELD),
+    ("lease", leases.LEASE_HOSTS, {**HOST, "owner": uuid4(), "lease_s": 30.0}),
+    ("rest", leases.REST_HOSTS, {**HOST, "rests_s": [0.0]}),
+    ("renew", leases.RENEW, {**HELD, "lease_s": 30.0}),
+    ("is any due", leases.IS_ANY_DUE, {}),
+    ("take jobs", queue.TAKE_JOBS, {**HOST, "leases": [1], "wanted": [8], "jobs_max": 100}),
+    (
+        "record",
+        queue.RECORD_JOBS,
+        {
+            **JOB,
+            "statuses": ["failed"],
+            "delays_s": [0.0],
+            "errors": ["read_timeout"],
+            "details": [None],
+            "http_statuses": [None],
+            "evidences": [None],
+            "sha256s": [None],
+        },
+    ),
+    ("give back", queue.GIVE_BACK, JOB),
+    ("rescue", queue.RESCUE, {**HOST, "detail": "lost"}),
+    ("cancel", queue.CANCEL_QUEUED, {"batch_id": uuid4(), "start": 0, "stop": 100}),
+    ("change tallies", tallies.CHANGE, {"shards": [1], "batch_ids": [uuid4()], **COUNTS}),
+    ("erase jobs", batches.ERASE_JOBS, {"batch_id": uuid4(), "limit": 100}),
+    ("erase bodies", batches.ERASE_BODIES, {"shards": [1], "sha256s": [b"1" * 32]}),
+    ("read tallies", reads.TALLIES, {"ids": [uuid4()]}),
+    ("read histograms", reads.HISTOGRAMS, {"ids": [uuid4()]}),
+    (
+        "list jobs",
+        reads.MANY_JOBS,
+        {
+            "batch_id": uuid4(),
+            "after": -1,
+            "limit": 100,
+            "status": None,
+            "error": None,
+            "http_status": None,
+            "host": None,
+        },
+    ),
+    ("read a job", reads.ONE_JOB, {"shard": 1, "id": uuid4()}),
+    ("read a body", reads.ONE_BODY, {"shard": 1, "id": uuid4()}),
+]
+
+
+async def test_no_hot_statement_reads_a_whole_table(filled: Sessions) -> None:
+    for name, statement, values in STATEMENTS:
+        steps = await plan(filled, statement, values)
+        for table in ("job", "host", "tally", "histogram", "body"):
+            assert f"Seq Scan on {table}" not in steps, f"{name} reads all of {table}:\n{steps}"
+
+
+async def test_the_claim_stays_on_its_indexes(filled: Sessions) -> None:
+    assert "host_due" in await plan(filled, leases.LOCK_DUE_HOSTS, {"hosts_max": 40})
+    take = {**HOST, "leases": [1], "wanted": [8], "jobs_max": 100}
+    steps = await plan(filled, queue.TAKE_JOBS, take)
+    assert steps.count("job_claim") >= 2, steps
+    assert "job_batch" not in steps

@@ -1,0 +1,418 @@
+"""The queue on a real PostgreSQL: who may claim, what is stored, and what is refused."""
+
+import asyncio
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
+
+from app.jobs import batches, hosts, leases, queue, reads
+from app.jobs.database import Sessions
+from app.jobs.ids import shard_of_host, shard_of_job
+from app.jobs.leases import BackOff
+from tests.jobs.actors import Client, Worker, failure, retry, success
+
+
+@pytest.fixture
+def client(sessions: Sessions) -> Client:
+    return Client(sessions)
+
+
+@pytest.fixture
+def worker(sessions: Sessions) -> Worker:
+    return Worker(sessions)
+
+
+async def execute(sessions: Sessions, statement: str, **values: object) -> None:
+    async with sessions.begin() as session:
+        await session.execute(text(statement), values)
+
+
+async def fetch(sessions: Sessions, statement: str, **values: object) -> list[tuple[object, ...]]:
+    async with sessions.begin() as session:
+        return [tuple(row) for row in await session.execute(text(statement), values)]
+
+
+async def end_leases(sessions: Sessions) -> None:
+    """As if the lease time had passed."""
+    await execute(sessions, "UPDATE host SET next_at = now() WHERE owner IS NOT NULL")
+
+
+async def make_due(sessions: Sessions) -> None:
+    """As if the time of every retry and rest had come."""
+    await execute(sessions, "UPDATE job SET run_at = now() WHERE status = 'queued'")
+    await execute(sessions, "UPDATE host SET not_before = '-infinity', next_at = now() WHERE owner IS NULL")
+
+
+async def tallies_equal_the_rows(sessions: Sessions) -> bool:
+    differences = await fetch(
+        sessions,
+        """
+        SELECT * FROM (
+            SELECT shard, batch_id, count(*) AS total, count(*) FILTER (WHERE status = 'queued') AS queued,
+                count(*) FILTER (WHERE status = 'running') AS running,
+                count(*) FILTER (WHERE status = 'succeeded') AS succeeded,
+                count(*) FILTER (WHERE status = 'failed') AS failed,
+                count(*) FILTER (WHERE status = 'cancelled') AS cancelled
+            FROM job GROUP BY shard, batch_id
+        ) AS counted
+        FULL JOIN tally USING (shard, batch_id, total, queued, running, succeeded, failed, cancelled)
+        WHERE counted IS NULL OR tally IS NULL
+        """,
+    )
+    return not differences
+
+
+async def test_a_job_goes_from_enqueue_to_its_result(client: Client, worker: Worker) -> None:
+    batch_id = await client.submit("h")
+    lease, [job] = await worker.claim_one()
+    recorded = await worker.record(success(job))
+    assert (recorded.count, recorded.maybe_finished) == (1, {batch_id})
+    assert await client.finish(batch_id) == {batch_id}
+    await worker.release(lease)
+    batch = await client.read(batch_id)
+    assert (batch.status, batch.counts.succeeded, batch.http_statuses, batch.body_bytes) == (
+        "completed",
+        1,
+        {"200": 1},
+        5,
+    )
+    detail = await client.job(job.id)
+    assert (detail.status, detail.attempts, detail.content_type) == ("succeeded", 1, "text/plain")
+    async with client.sessions.begin() as session:
+        body = await reads.get_body(session, job.id)
+    assert isinstance(body, reads.Body)
+    assert body.content == b"hello"
+    assert await tallies_equal_the_rows(client.sessions)
+
+
+async def test_an_empty_batch_completes_at_submit(client: Client) -> None:
+    batch = await client.read(await client.submit())
+    assert (batch.status, batch.counts.total) == ("completed", 0)
+    assert batch.finished_at is not None
+
+
+async def test_a_host_is_held_by_one_worker_at_a_time(client: Client, worker: Worker, sessions: Sessions) -> None:
+    await client.submit("h", "h")
+    await worker.claim_one()
+    assert await Worker(sessions).claim() == {}
+
+
+async def test_many_claimers_claim_each_job_once(client: Client, sessions: Sessions) -> None:
+    names = [f"h{number % 40}" for number in range(400)]
+    batch_id = await client.submit(*names)
+
+    async def work() -> list[UUID]:
+        worker, done = Worker(sessions), []
+        while claimed := await worker.claim(hosts_max=3, jobs_max=10, jobs_per_host=4):
+            jobs = [job for some in claimed.values() for job in some]
+            await worker.record(*(success(job) for job in jobs))
+            await worker.release(*claimed)
+            done += [job.id for job in jobs]
+        return done
+
+    done = [job_id for some in await asyncio.gather(*(work() for _ in range(8))) for job_id in some]
+    assert len(done) == len(set(done)) == 400
+    assert (await client.read(batch_id)).counts.succeeded == 400
+    assert await tallies_equal_the_rows(sessions)
+
+
+async def test_a_claim_takes_no_more_than_there_is_room_for(client: Client, worker: Worker, sessions: Sessions) -> None:
+    await client.submit(*(f"h{number % 10}" for number in range(100)))
+    claimed = await worker.claim(hosts_max=10, jobs_max=12, jobs_per_host=8)
+    assert sum(len(jobs) for jobs in claimed.values()) == 12
+    assert len(await Worker(sessions).claim()) == 10 - len(claimed)
+
+
+async def test_batches_take_turns_at_a_host(client: Client, worker: Worker) -> None:
+    first = await client.submit(*["h"] * 50)
+    second = await client.submit(*["h"] * 50)
+    [jobs] = (await worker.claim(jobs_per_host=10)).values()
+    assert [sum(job.batch_id == batch_id for job in jobs) for batch_id in (first, second)] == [5, 5]
+
+
+async def test_a_refill_stays_within_the_lease(client: Client, worker: Worker, sessions: Sessions) -> None:
+    await client.submit(*["h"] * 20)
+    lease, first = await worker.claim_one()
+    more = await worker.refill(lease, 5)
+    assert (len(first), len(more), {job.lease for job in more}) == (8, 5, {lease.number})
+    await end_leases(sessions)
+    await Worker(sessions).claim_one()
+    assert await worker.refill(lease, 5) == []
+
+
+async def test_a_stale_worker_cannot_record(client: Client, worker: Worker, sessions: Sessions) -> None:
+    batch_id = await client.submit("h")
+    _, [job] = await worker.claim_one()
+    await end_leases(sessions)
+    _, [again] = await Worker(sessions).claim_one()
+    assert (await worker.record(success(job))).count == 0
+    detail = await client.job(job.id)
+    assert (detail.status, again.attempt, again.lost) == ("running", 2, 1)
+    assert (await client.read(batch_id)).counts.running == 1
+
+
+async def test_a_stale_attempt_of_the_same_lease_cannot_record(client: Client, worker: Worker) -> None:
+    await client.submit("h")
+    lease, [job] = await worker.claim_one()
+    await worker.record(retry(job, delay_s=0))
+    [again] = await worker.refill(lease, 1)
+    assert (await worker.record(success(job))).count == 0
+    assert (await worker.record(success(again))).count == 1
+
+
+async def test_a_record_repeated_after_an_unknown_commit_counts_as_stored(client: Client, worker: Worker) -> None:
+    batch_id = await client.submit("h")
+    _, [job] = await worker.claim_one()
+    assert [(await worker.record(success(job))).count for _ in range(2)] == [1, 1]
+    assert (await client.read(batch_id)).http_statuses == {"200": 1}
+
+
+async def test_a_retry_waits_and_keeps_its_evidence(client: Client, worker: Worker, sessions: Sessions) -> None:
+    await client.submit("h")
+    lease, [job] = await worker.claim_one()
+    await worker.record(retry(job, delay_s=60))
+    await worker.release(lease)
+    assert await worker.claim() == {}
+    waiting = await client.job(job.id)
+    assert (waiting.status, waiting.error, waiting.attempts) == ("queued", "read_timeout", 1)
+    assert waiting.run_at is not None
+    await make_due(sessions)
+    _, [again] = await worker.claim_one()
+    await worker.record(success(again))
+    assert [attempt.error for attempt in (await client.job(job.id)).attempts_made] == ["read_timeout", None]
+
+
+async def test_a_released_host_is_due_when_its_next_job_is(client: Client, worker: Worker) -> None:
+    await client.submit(*["h"] * 9)
+    lease, jobs = await worker.claim_one()
+    await worker.record(*(success(job) for job in jobs))
+    await worker.release(lease)
+    [left] = (await worker.claim()).values()
+    assert len(left) == 1
+
+
+async def test_an_enqueue_during_a_release_is_not_lost(client: Client, worker: Worker, sessions: Sessions) -> None:
+    await client.submit("h")
+    lease, [job] = await worker.claim_one()
+    await worker.record(success(job))
+    async with sessions.begin() as session:
+        await leases.lock_held(session, worker.id, [lease])
+        submitting = asyncio.create_task(client.submit("h"))
+        await _until_something_waits_for_a_lock(sessions)
+        await leases.release(session, worker.id, {lease: 0.0})
+    await submitting
+    assert len(await worker.claim()) == 1
+
+
+async def _until_something_waits_for_a_lock(sessions: Sessions) -> None:
+    async with asyncio.timeout(10):
+        while not await fetch(sessions, "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"):
+            await asyncio.sleep(0)
+
+
+async def test_jobs_given_back_are_not_charged(client: Client, worker: Worker) -> None:
+    await client.submit("h")
+    lease, jobs = await worker.claim_one()
+    await worker.give_back(jobs)
+    await worker.release(lease)
+    _, [job] = await worker.claim_one()
+    assert (job.attempt, job.lost) == (2, 1)
+    assert await tallies_equal_the_rows(client.sessions)
+
+
+async def test_the_jobs_of_a_lost_lease_are_rescued_uncharged(
+    client: Client, worker: Worker, sessions: Sessions
+) -> None:
+    await client.submit("h", "h")
+    await worker.claim_one()
+    await end_leases(sessions)
+    _, jobs = await Worker(sessions).claim_one()
+    assert {(job.attempt, job.lost) for job in jobs} == {(2, 1)}
+    assert await tallies_equal_the_rows(sessions)
+
+
+async def test_a_request_that_may_not_be_repeated_fails_with_its_worker(
+    client: Client, worker: Worker, sessions: Sessions
+) -> None:
+    batch_id = await client.submit("h", method="POST")
+    repeated = await client.submit("h", method="POST", options={"retry_unsafe": True})
+    await worker.claim_one()
+    await end_leases(sessions)
+    _, jobs = await Worker(sessions).claim_one()
+    assert [job.batch_id for job in jobs] == [repeated]
+    [lost] = await client.jobs(batch_id)
+    assert (lost.status, lost.error) == ("failed", "worker_crashed")
+    assert (await client.read(batch_id)).errors == {"worker_crashed": 1}
+    assert await tallies_equal_the_rows(sessions)
+
+
+async def test_running_jobs_that_no_lease_covers_are_found(client: Client, worker: Worker, sessions: Sessions) -> None:
+    await client.submit("h")
+    await worker.claim_one()
+    await execute(sessions, "UPDATE host SET owner = NULL, next_at = 'infinity'")
+    async with sessions.begin() as session:
+        await queue.rescue(session, await hosts.lock_stranded(session, limit=10))
+    _, [job] = await worker.claim_one()
+    assert job.lost == 1
+
+
+async def test_a_renewal_tells_which_leases_are_lost(client: Client, worker: Worker, sessions: Sessions) -> None:
+    await client.submit("a", "b")
+    first, second = await worker.claim()
+    await execute(sessions, "UPDATE host SET next_at = now() WHERE host = :host", host=second.host)
+    await Worker(sessions).claim_one()
+    assert await worker.renew(first, second) == {(first.shard, first.host)}
+
+
+async def test_a_host_that_backs_off_is_left_alone_by_every_batch(
+    client: Client, worker: Worker, sessions: Sessions
+) -> None:
+    await client.submit("h", "h")
+    lease, jobs = await worker.claim_one()
+    async with sessions.begin() as session:
+        await leases.back_off(session, [BackOff(lease=lease, delay_s=60, count=1)])
+    await worker.give_back(jobs)
+    await worker.release(lease)
+    await client.submit("h")
+    assert await worker.claim() == {}
+    await make_due(sessions)
+    [again] = await worker.claim()
+    assert again.back_offs == 1
+
+
+async def test_the_delay_of_a_host_outlives_the_lease(client: Client, worker: Worker) -> None:
+    await client.submit(*["h"] * 9)
+    lease, jobs = await worker.claim_one()
+    await worker.record(*(success(job) for job in jobs))
+    await worker.release(lease, rest_s=60)
+    assert await worker.claim() == {}
+
+
+async def test_nothing_of_a_cancelled_batch_is_claimed(client: Client, worker: Worker, sessions: Sessions) -> None:
+    batch_id = await client.submit(*["h"] * 20)
+    other = await client.submit("h")
+    lease, jobs = await worker.claim_one()
+    assert await client.cancel(batch_id)
+    assert {job.batch_id for job in await worker.refill(lease, 50)} <= {other}
+    async with sessions.begin() as session:
+        assert await queue.cancel_queued(session, batch_id, start=0, stop=20) == 20 - sum(
+            job.batch_id == batch_id for job in jobs
+        )
+    await worker.record(*(success(job) for job in jobs))
+    assert await client.finish(batch_id) == {batch_id}
+    batch = await client.read(batch_id)
+    assert (batch.status, batch.counts.queued, batch.counts.running) == ("cancelled", 0, 0)
+    assert await tallies_equal_the_rows(sessions)
+
+
+async def test_cancelling_is_idempotent_and_spares_what_is_finished(client: Client, worker: Worker) -> None:
+    batch_id = await client.submit("h")
+    _, [job] = await worker.claim_one()
+    await worker.record(success(job))
+    await client.finish(batch_id)
+    assert await client.cancel(batch_id)
+    batch = await client.read(batch_id)
+    assert (batch.status, batch.cancel_requested_at) == ("completed", None)
+    assert not await client.cancel(uuid4())
+
+
+async def test_a_batch_finishes_once_and_only_when_nothing_is_left(client: Client, worker: Worker) -> None:
+    batch_id = await client.submit("a", "b")
+    jobs = [job for some in (await worker.claim()).values() for job in some]
+    await worker.record(success(jobs[0]))
+    assert await client.finish(batch_id) == set()
+    await worker.record(failure(jobs[1]))
+    assert [await client.finish(batch_id) for _ in range(2)] == [{batch_id}, set()]
+    batch = await client.read(batch_id)
+    assert (batch.counts.succeeded, batch.counts.failed, batch.errors) == (1, 1, {"read_timeout": 1})
+
+
+async def test_deleting_hides_at_once_and_erases_only_unshared_bodies(
+    client: Client, worker: Worker, sessions: Sessions
+) -> None:
+    doomed, kept = await client.submit("h", "h"), await client.submit("h")
+    assert await client.delete(doomed) == "unfinished"
+    _, jobs = await worker.claim_one()
+    own = next(job for job in jobs if job.batch_id == doomed)
+    await worker.record(*(success(job, b"own" if job is own else b"shared") for job in jobs))
+    await client.finish(doomed)
+    assert await client.delete(doomed) == "deleted"
+    assert await client.delete(doomed) == "missing"
+    async with sessions.begin() as session:
+        assert await reads.get_batch(session, doomed) is None
+        assert await reads.get_job(session, own.id) is None
+    for left in (1, 1, 0):
+        async with sessions.begin() as session:
+            assert await batches.erase(session, doomed, limit=1) == left
+    assert await fetch(sessions, "SELECT content FROM body") == [(b"shared",)]
+    [job] = await client.jobs(kept)
+    async with sessions.begin() as session:
+        assert isinstance(await reads.get_body(session, job.id), reads.Body)
+    assert await fetch(sessions, "SELECT id FROM batch") == [(kept,)]
+
+
+async def test_a_body_stored_while_it_is_erased_is_not_lost(client: Client, sessions: Sessions) -> None:
+    doomed, kept = await client.submit("h"), await client.submit("h")
+    worker = Worker(sessions)
+    _, jobs = await worker.claim_one()
+    first, second = sorted(jobs, key=lambda job: job.batch_id != doomed)
+    await worker.record(success(first))
+    await client.finish(doomed)
+    await client.delete(doomed)
+    async with sessions.begin() as session:
+        await queue.record(session, [success(second)])
+        erasing = asyncio.create_task(_erase(sessions, doomed))
+        await _until_something_waits_for_a_lock(sessions)
+    await erasing
+    [job] = await client.jobs(kept)
+    async with sessions.begin() as session:
+        assert isinstance(await reads.get_body(session, job.id), reads.Body)
+
+
+async def _erase(sessions: Sessions, batch_id: UUID) -> None:
+    async with sessions.begin() as session:
+        await batches.erase(session, batch_id, limit=100)
+
+
+async def test_parked_hosts_without_jobs_are_forgotten(client: Client, worker: Worker, sessions: Sessions) -> None:
+    await client.submit("done", "waiting")
+    claimed = await worker.claim()
+    for lease, [job] in claimed.items():
+        await worker.record(success(job) if lease.host == "done" else retry(job))
+    await worker.release(*claimed)
+    async with sessions.begin() as session:
+        await hosts.forget_parked(session, after=(-1, ""), limit=10)
+    assert await fetch(sessions, "SELECT host FROM host") == [("waiting",)]
+
+
+async def test_a_job_id_tells_its_shard(client: Client) -> None:
+    batch_id = await client.submit("example.com", "127.0.0.1:8081")
+    for job in await client.jobs(batch_id):
+        assert shard_of_job(job.id) == shard_of_host(job.host)
+        assert job.id.version == 8
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "status = 'sleeping'",
+        "status = 'running'",
+        "status = 'succeeded'",
+        "status = 'failed', finished_at = now()",
+        "finished_at = now()",
+        "lost = 1",
+    ],
+)
+async def test_the_schema_refuses_a_wrong_job(client: Client, sessions: Sessions, change: str) -> None:
+    await client.submit("h")
+    with pytest.raises(IntegrityError):
+        await execute(sessions, f"UPDATE job SET {change}")
+
+
+@pytest.mark.parametrize("change", ["queued = 0", "queued = -1, running = 2", "total = 5"])
+async def test_the_schema_refuses_a_tally_that_does_not_add_up(client: Client, sessions: Sessions, change: str) -> None:
+    await client.submit("h")
+    with pytest.raises(IntegrityError):
+        await execute(sessions, f"UPDATE tally SET {change}")
