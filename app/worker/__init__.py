@@ -1,0 +1,1 @@
+"""Faces no one: moves jobs from `jobs` through `fetch` and back."""

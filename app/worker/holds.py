@@ -1,0 +1,165 @@
+"""The hosts this worker holds, and the places its fetches take at each. State only: nothing here waits or does I/O."""
+
+import asyncio
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from app.jobs.values import ClaimedJob, Lease
+
+TURN_S = 5.0
+TURN_JOBS_MAX = 200
+"""While other hosts are due, a host is given back after this long or this many jobs."""
+
+AHEAD_S = 2.0
+"""A host's jobs are claimed this far ahead of their start, by the host's recent rate."""
+
+RATE_OVER_S = 0.2
+"""Shortest time over which a host's rate is judged, so that a first few quick answers promise nothing."""
+
+STOP_BEFORE_S = 2.0
+"""What runs at a host is cancelled this long before an unrenewed lease ends."""
+
+
+@dataclass(slots=True, eq=False)
+class Hold:
+    """One leased host; times are of the monotonic clock.
+
+    `unrecorded` counts results not yet stored: releasing the host before them would have their jobs rescued.
+    """
+
+    lease: Lease
+    ends_at: float
+    began_at: float
+    concurrency: int
+    delay_s: float
+    waiting: deque[ClaimedJob] = field(default_factory=deque)
+    running: dict[asyncio.Task[None], ClaimedJob] = field(default_factory=dict)
+    unrecorded: int = 0
+    started_count: int = 0
+    ended_count: int = 0
+    next_start_at: float = 0.0
+    backed_off_at: float = 0.0
+    back_offs: int = 0
+    is_dry: bool = False
+    is_ready: bool = False
+    is_ending: bool = False
+    is_lost: bool = False
+
+    @property
+    def host(self) -> str:
+        """The politeness key."""
+        return self.lease.host
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing waits, runs or is still to be stored: the host may be released."""
+        return not self.waiting and not self.running and not self.unrecorded
+
+    def demand(self) -> int:
+        """Slots this host can fill now."""
+        return min(self.concurrency, len(self.waiting) + len(self.running))
+
+    def wanted(self, now: float) -> int:
+        """How many more jobs to claim: those to start within `AHEAD_S`, at least one a place; 0 when well supplied."""
+        if self.is_dry or self.is_ending or self.is_lost or self.next_start_at > now + AHEAD_S:
+            return 0
+        ahead = self._expected_starts(now)
+        have = len(self.waiting)
+        return 0 if have > ahead // 2 else ahead - have
+
+    def is_turn_over(self, now: float) -> bool:
+        """Whether the host had its share for now."""
+        return now - self.began_at >= TURN_S or self.started_count >= TURN_JOBS_MAX
+
+    def begin_turn(self, now: float) -> None:
+        """Start counting the host's share anew."""
+        self.began_at = now
+        self.started_count = self.ended_count = 0
+
+    def rest_s(self, now: float) -> float:
+        """Seconds for which the next holder must not start a fetch here."""
+        return max(0.0, self.next_start_at - now)
+
+    def note_start(self, now: float) -> None:
+        """Account for a fetch that starts now."""
+        self.started_count += 1
+        self.next_start_at = max(self.next_start_at, now + self.delay_s)
+
+    def note_back_off(self, now: float, delay_s: float) -> None:
+        """Leave the host alone; those that were under way together count as one back-off."""
+        self.next_start_at = max(self.next_start_at, now + delay_s)
+        self.backed_off_at = now
+        self.back_offs += 1
+
+    def _expected_starts(self, now: float) -> int:
+        if self.delay_s > 0:
+            return max(1, int(AHEAD_S / self.delay_s))
+        rate = self.ended_count / max(now - self.began_at, RATE_OVER_S)
+        return max(self.concurrency, min(TURN_JOBS_MAX, int(rate * AHEAD_S)))
+
+
+class Places:
+    """How many fetches of this worker talk to each host, redirects into it included; each host has `limit` places."""
+
+    def __init__(self, limit: int, on_leave: Callable[[str], None]) -> None:
+        self._limit = limit
+        self._on_leave = on_leave
+        self._taken: Counter[str] = Counter()
+        self._queues: dict[str, deque[asyncio.Future[None]]] = defaultdict(deque)
+
+    def try_enter(self, host: str) -> bool:
+        """Take a place if one is free."""
+        if self._taken[host] >= self._limit:
+            return False
+        self._taken[host] += 1
+        return True
+
+    async def enter(self, host: str) -> None:
+        """Take a place, waiting for one; the fetch's deadline bounds the wait."""
+        if self.try_enter(host):
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._queues[host].append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            self._give_up(host, turn)
+            raise
+
+    def leave(self, host: str) -> None:
+        """Give a place back: to the first in the queue, or to whoever the host's next job is."""
+        while queue := self._queues.get(host):
+            turn = queue.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._queues.pop(host, None)
+        self._taken[host] -= 1
+        if self._taken[host] <= 0:
+            del self._taken[host]
+        self._on_leave(host)
+
+    def _give_up(self, host: str, turn: asyncio.Future[None]) -> None:
+        if turn.done() and not turn.cancelled():
+            self.leave(host)
+
+
+class Seat:
+    """The one place that a fetch has at a time, as its redirects lead it from host to host."""
+
+    def __init__(self, places: Places, host: str) -> None:
+        self._places = places
+        self._host: str | None = host
+
+    async def move(self, host: str) -> None:
+        """Give the present place back and take one at another host; never two at once, which could deadlock."""
+        self.leave()
+        await self._places.enter(host)
+        self._host = host
+
+    def leave(self) -> None:
+        """Give the place back, if there is one."""
+        if self._host is not None:
+            host, self._host = self._host, None
+            self._places.leave(host)

@@ -1,0 +1,75 @@
+"""What one job asks for: the operator's defaults, overridden by its batch, overridden by itself."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from app.fetch.http import FetchRequest, Limits
+from app.jobs.values import ClaimedJob
+
+ATTEMPTS_DEFAULT = 3
+ACCEPTED_DEFAULT = ("2xx",)
+
+LIMIT_OPTIONS = {
+    "timeout_s": "deadline_s",
+    "connect_timeout_s": "connect_timeout_s",
+    "read_timeout_s": "read_timeout_s",
+    "wire_bytes_max": "wire_bytes_max",
+    "body_bytes_max": "body_bytes_max",
+    "redirects_max": "redirects_max",
+}
+"""Options of a batch or job, and the limits of a fetch they set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobOptions:
+    """A job's request, and the rules by which its outcome is judged."""
+
+    request: FetchRequest
+    accepts: frozenset[int]
+    attempts_max: int
+
+
+def for_job(job: ClaimedJob, batch_options: dict[str, Any], defaults: Limits) -> JobOptions:
+    """Merge the three levels; headers of the job replace those of the batch by name."""
+    asked = {**batch_options, **job.request}
+    body = asked.get("body")
+    return JobOptions(
+        request=FetchRequest(
+            url=job.url,
+            method=asked.get("method", "GET"),
+            headers=_headers(batch_options, job.request),
+            body=body.encode() if body is not None else None,
+            follow_redirects=asked.get("follow_redirects", True),
+            limits=_limits(asked, defaults),
+        ),
+        accepts=accepted(tuple(asked.get("accept_statuses", ACCEPTED_DEFAULT))),
+        attempts_max=asked.get("max_attempts", ATTEMPTS_DEFAULT),
+    )
+
+
+@lru_cache(maxsize=256)
+def accepted(patterns: tuple[str, ...]) -> frozenset[int]:
+    """Expand `2xx`, `404` and `200-299` to the statuses they stand for."""
+    return frozenset(status for pattern in patterns for status in _expand(pattern))
+
+
+def _expand(pattern: str) -> range:
+    if pattern.endswith("xx"):
+        first = int(pattern[0]) * 100
+        return range(first, first + 100)
+    first_text, _, last_text = pattern.partition("-")
+    return range(int(first_text), int(last_text or first_text) + 1)
+
+
+def _headers(batch_options: dict[str, Any], request: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    own = [(name, value) for name, value in request.get("headers", ())]
+    if not (shared := batch_options.get("headers")):
+        return tuple(own)
+    own_names = {name.lower() for name, _ in own}
+    return (*((name, value) for name, value in shared if name.lower() not in own_names), *own)
+
+
+def _limits(asked: dict[str, Any], defaults: Limits) -> Limits:
+    set_here = {limit: asked[option] for option, limit in LIMIT_OPTIONS.items() if option in asked}
+    return replace(defaults, **set_here) if set_here else defaults

@@ -1,0 +1,456 @@
+"""The pool of one worker: holds hosts, fills its slots with their jobs, gives hosts back, and drains at the end.
+
+One loop does all that talks to the database about leases, one step after the other; results go by way of the recorder.
+Fetches are tasks; what starts next is decided in memory, without waiting. Does not fetch and does not judge.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from app.fetch.limits import Limits
+from app.fetch.transport import Transport
+from app.jobs import batches, leases, queue, workers
+from app.jobs.database import DATABASE_ERRORS, Sessions
+from app.jobs.ids import shard_of_host
+from app.jobs.leases import BackOff
+from app.jobs.values import ClaimedJob, Lease, Result
+from app.jobs.workers import Identity
+from app.outcome import Outcome, Response
+from app.worker import attempt, options, retry
+from app.worker.holds import STOP_BEFORE_S, Hold, Places, Seat
+from app.worker.options import JobOptions
+from app.worker.recorder import Recorder
+
+POLL_S = 1.0
+"""Longest pause between two looks for work; a random part of it is left out, so that workers do not look together."""
+PAUSE_S_MIN = 0.001
+CLAIM_PAUSE_S = 0.02
+"""Shortest pause between two claims, so that each claims many jobs."""
+ASK_CANCELLED_S = 1.0
+BEAT_S = 10.0
+FAILED_PAUSE_S = 0.5
+DRAIN_LAST_S = 10.0
+"""After the grace, how long to try to put jobs and hosts back into a database that does not answer."""
+AHEAD_PER_SLOT_MAX = 4
+"""Jobs claimed at hosts that are held, for each slot; so one more for each slot is the most a worker ever has."""
+BATCH_OPTIONS_MAX = 1_000
+GIVE_BACK_WAIT_S = 2.0
+"""A host that rests longer than this has its waiting jobs put back."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSettings:
+    """What the pool must keep to; seconds and counts."""
+
+    slots: int
+    host_concurrency: int
+    host_delay_s: float
+    lease_s: float
+    drain_grace_s: float
+    limits: Limits
+
+
+class Pool:
+    """The jobs of one worker process, from claim to record."""
+
+    def __init__(self, *, sessions: Sessions, transport: Transport, identity: Identity, settings: PoolSettings) -> None:
+        self._sessions = sessions
+        self._transport = transport
+        self._identity = identity
+        self._settings = settings
+        self._holds: dict[tuple[int, str], Hold] = {}
+        self._ready: deque[Hold] = deque()
+        self._places = Places(settings.host_concurrency, self._place_is_free)
+        self._recorder = Recorder(sessions, self._note_stored)
+        self._options: dict[UUID, dict[str, Any]] = {}
+        self._cancelled: set[UUID] = set()
+        self._unknown: set[UUID] = set()
+        self._to_give_back: list[tuple[Hold, ClaimedJob]] = []
+        self._running_count = 0
+        self._waiting_count = 0
+        self._woken = asyncio.Event()
+        self._drain_by: float | None = None
+        self._renewed_at = self._asked_at = self._beat_at = float("-inf")
+        self._may_claim_at = 0.0
+        self._margin_s = min(STOP_BEFORE_S, settings.lease_s / 4)
+
+    async def run(self) -> None:
+        """Work until drained. Raises what only a bug raises: the process should then end and be started anew."""
+        async with asyncio.TaskGroup() as group:
+            recording = group.create_task(self._recorder.run())
+            while not self._is_drained():
+                await self._step_or_wait_for_database()
+                await self._pause()
+            recording.cancel()
+        with suppress(*DATABASE_ERRORS):
+            await self._in_transaction(workers.leave, self._identity)
+
+    def wake(self) -> None:
+        """Look for work now: there may be some."""
+        self._may_claim_at = 0.0
+        self._look_again()
+        self._woken.set()
+
+    def drain(self, *, grace_s: float | None = None) -> None:
+        """Claim no more, put back what has not started, and end when what runs has finished or the grace is over."""
+        grace_s = self._settings.drain_grace_s if grace_s is None else grace_s
+        self._drain_by = min(self._drain_by or float("inf"), time.monotonic() + grace_s)
+        self._woken.set()
+
+    def stop(self) -> None:
+        """Drain without grace: what runs is cancelled and put back."""
+        self.drain(grace_s=0.0)
+
+    async def _step_or_wait_for_database(self) -> None:
+        try:
+            await self._step()
+        except DATABASE_ERRORS as error:
+            logger.warning("The pool waits for the database: %s", error)
+            await asyncio.sleep(FAILED_PAUSE_S * random.uniform(0.5, 1.5))
+
+    async def _step(self) -> None:
+        """Everything that is due now, what keeps leases first."""
+        await self._renew()
+        self._stop_expired()
+        await self._drop_cancelled()
+        await self._beat()
+        if self._drain_by is not None:
+            self._empty(self._drain_by)
+        await self._give_back()
+        await self._release()
+        if self._drain_by is None:
+            await self._refill()
+            await self._claim()
+        await self._learn_options()
+        self._start_ready()
+
+    async def _pause(self) -> None:
+        now = time.monotonic()
+        pause_s = POLL_S * random.uniform(0.5, 1.0)
+        if self._has_room():
+            pause_s = min(pause_s, self._may_claim_at - now)
+        if self._drain_by is not None and now < self._drain_by:
+            pause_s = min(pause_s, self._drain_by - now)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(pause_s, PAUSE_S_MIN)):
+                await self._woken.wait()
+        self._woken.clear()
+
+    def _is_drained(self) -> bool:
+        """Nothing is held any more, or the database has been away for so long that the leases end by themselves."""
+        if self._drain_by is None:
+            return False
+        return not self._holds or time.monotonic() >= self._drain_by + DRAIN_LAST_S
+
+    async def _in_transaction(self, change: Any, *arguments: Any, **named: Any) -> Any:
+        async with self._sessions.begin() as session:
+            return await change(session, *arguments, **named)
+
+    # Leases: renewed, lost, released
+
+    async def _renew(self) -> None:
+        now = time.monotonic()
+        if not self._holds or now < self._renewed_at + self._settings.lease_s / 3:
+            return
+        holds = list(self._holds.values())
+        kept = await self._in_transaction(
+            leases.renew, self._identity.id, [hold.lease for hold in holds], lease_s=self._settings.lease_s
+        )
+        self._renewed_at = now
+        for hold in holds:
+            if (hold.lease.shard, hold.lease.host) in kept:
+                hold.ends_at = now + self._settings.lease_s
+            else:
+                self._lose(hold)
+
+    def _stop_expired(self) -> None:
+        now = time.monotonic()
+        for hold in [hold for hold in self._holds.values() if now >= hold.ends_at - self._margin_s]:
+            self._lose(hold)
+
+    def _lose(self, hold: Hold) -> None:
+        """Stop at once what runs on a lease that is gone; its jobs are rescued by the next holder."""
+        logger.warning("Lost the lease of host %s with %d fetches running", hold.host, len(hold.running))
+        hold.is_lost = True
+        self._drop_waiting(hold)
+        for task in hold.running:
+            task.cancel()
+        del self._holds[hold.lease.shard, hold.lease.host]
+
+    async def _release(self) -> None:
+        now = time.monotonic()
+        await self._end_turns(now)
+        finished = [hold for hold in self._holds.values() if hold.is_idle and self._may_release(hold)]
+        if not finished:
+            return
+        await self._in_transaction(
+            leases.release, self._identity.id, {hold.lease: hold.rest_s(now) for hold in finished}
+        )
+        for hold in finished:
+            del self._holds[hold.lease.shard, hold.lease.host]
+            self._transport.close_idle(hold.host)
+
+    def _may_release(self, hold: Hold) -> bool:
+        return hold.is_dry or hold.is_ending or self._drain_by is not None
+
+    async def _end_turns(self, now: float) -> None:
+        over = [hold for hold in self._holds.values() if not hold.is_ending and hold.is_turn_over(now)]
+        if not over:
+            return
+        others_wait = await self._in_transaction(leases.is_any_due)
+        for hold in over:
+            hold.is_ending = others_wait
+            hold.begin_turn(now)
+
+    # Jobs: claimed, refilled, put back
+
+    def _has_room(self) -> bool:
+        return self._drain_by is None and not self._recorder.is_full and self._room() > 0
+
+    def _room(self) -> int:
+        """Slots that the held hosts cannot fill."""
+        return self._settings.slots - sum(hold.demand() for hold in self._holds.values())
+
+    def _refill_room(self) -> int:
+        """Jobs that may be claimed ahead at held hosts; other hosts find their room all the same."""
+        return self._settings.slots * AHEAD_PER_SLOT_MAX - self._running_count - self._waiting_count
+
+    async def _claim(self) -> None:
+        now = time.monotonic()
+        room = self._room()
+        if now < self._may_claim_at or room <= 0 or self._recorder.is_full:
+            return
+        claimed: dict[Lease, list[ClaimedJob]] = await self._in_transaction(
+            queue.claim,
+            self._identity.id,
+            hosts_max=room,
+            jobs_max=room,
+            jobs_per_host=self._settings.host_concurrency,
+            lease_s=self._settings.lease_s,
+        )
+        self._may_claim_at = time.monotonic() + (CLAIM_PAUSE_S if claimed else POLL_S * random.uniform(0.5, 1.0))
+        was_cut = sum(len(jobs) for jobs in claimed.values()) >= room
+        for lease, jobs in claimed.items():
+            hold = self._hold(lease, now)
+            hold.is_dry = len(jobs) < self._settings.host_concurrency and not was_cut
+            self._supply(hold, jobs)
+
+    def _hold(self, lease: Lease, claimed_at: float) -> Hold:
+        hold = Hold(
+            lease=lease,
+            ends_at=claimed_at + self._settings.lease_s,
+            began_at=claimed_at,
+            concurrency=self._settings.host_concurrency,
+            delay_s=self._settings.host_delay_s,
+            back_offs=lease.back_offs,
+        )
+        self._holds[lease.shard, lease.host] = hold
+        return hold
+
+    async def _refill(self) -> None:
+        now = time.monotonic()
+        room = self._refill_room()
+        wanted = [(hold, count) for hold in self._holds.values() if (count := hold.wanted(now)) > 0]
+        if not wanted or room <= 0 or self._recorder.is_full:
+            return
+        jobs: list[ClaimedJob] = await self._in_transaction(
+            queue.refill, self._identity.id, [(hold.lease, count) for hold, count in wanted], jobs_max=room
+        )
+        taken: dict[tuple[int, str], list[ClaimedJob]] = {}
+        for job in jobs:
+            taken.setdefault((job.shard, job.host), []).append(job)
+        for hold, count in wanted:
+            found = taken.get((hold.lease.shard, hold.lease.host), [])
+            hold.is_dry = len(found) < count and len(jobs) < room
+            self._supply(hold, found)
+
+    async def _learn_options(self) -> None:
+        """Read the options of batches met for the first time; their jobs wait for it."""
+        if not self._unknown:
+            return
+        while len(self._options) > BATCH_OPTIONS_MAX:
+            del self._options[next(iter(self._options))]
+        self._options |= await self._in_transaction(batches.start, self._unknown)
+        self._unknown.clear()
+        for hold in self._holds.values():
+            self._make_ready(hold)
+
+    def _supply(self, hold: Hold, jobs: Sequence[ClaimedJob]) -> None:
+        hold.waiting.extend(jobs)
+        self._waiting_count += len(jobs)
+        self._unknown |= {job.batch_id for job in jobs} - self._options.keys()
+        self._make_ready(hold)
+
+    def _look_again(self) -> None:
+        """New jobs may have come, or retries be due, at hosts that had nothing more."""
+        for hold in self._holds.values():
+            hold.is_dry = False
+
+    async def _give_back(self) -> None:
+        """Put back what will not start here soon: at hosts that rest, at the end, and what was cut off."""
+        now = time.monotonic()
+        for hold in self._holds.values():
+            if hold.next_start_at > now + GIVE_BACK_WAIT_S and hold.waiting:
+                self._return(hold, self._drop_waiting(hold))
+                hold.is_ending = True
+        if returned := list(self._to_give_back):
+            await self._in_transaction(queue.give_back, [job for _, job in returned])
+            del self._to_give_back[: len(returned)]
+            for hold, _ in returned:
+                hold.unrecorded -= 1
+
+    def _return(self, hold: Hold, jobs: Sequence[ClaimedJob]) -> None:
+        hold.unrecorded += len(jobs)
+        self._to_give_back += [(hold, job) for job in jobs]
+
+    def _drop_waiting(self, hold: Hold) -> list[ClaimedJob]:
+        jobs = list(hold.waiting)
+        hold.waiting.clear()
+        self._waiting_count -= len(jobs)
+        return jobs
+
+    def _empty(self, drain_by: float) -> None:
+        """Put back what has not started; after the grace, cancel what runs, which puts it back too."""
+        for hold in self._holds.values():
+            self._return(hold, self._drop_waiting(hold))
+            if time.monotonic() >= drain_by:
+                for task in hold.running:
+                    task.cancel()
+
+    # Cancelled batches, and the heartbeat
+
+    async def _drop_cancelled(self) -> None:
+        now = time.monotonic()
+        if now < self._asked_at + ASK_CANCELLED_S:
+            return
+        self._asked_at = now
+        self._look_again()
+        present = {job.batch_id for hold in self._holds.values() for job in (*hold.waiting, *hold.running.values())}
+        if not present:
+            return
+        self._cancelled = await self._in_transaction(batches.find_cancelled, present)
+        if self._cancelled:
+            for hold in self._holds.values():
+                self._drop_cancelled_of(hold)
+
+    def _drop_cancelled_of(self, hold: Hold) -> None:
+        waiting = self._drop_waiting(hold)
+        self._supply(hold, [job for job in waiting if job.batch_id not in self._cancelled])
+        for job in waiting:
+            if job.batch_id in self._cancelled:
+                self._offer(hold, attempt.cancelled(job))
+        for task, job in hold.running.items():
+            if job.batch_id in self._cancelled:
+                task.cancel()
+
+    async def _beat(self) -> None:
+        if time.monotonic() >= self._beat_at + BEAT_S:
+            await self._in_transaction(workers.beat, self._identity, running=self._running_count)
+            self._beat_at = time.monotonic()
+
+    # What starts next: decided in memory
+
+    def _make_ready(self, hold: Hold) -> None:
+        if not hold.is_ready and hold.waiting and not hold.is_lost:
+            hold.is_ready = True
+            self._ready.append(hold)
+
+    def _place_is_free(self, host: str) -> None:
+        hold = self._holds.get((shard_of_host(host), host))
+        if hold is not None:
+            self._make_ready(hold)
+
+    def _start_ready(self) -> None:
+        """Start fetches, one of each host in turn, while there are slots."""
+        while self._ready and self._running_count < self._settings.slots and not self._recorder.is_full:
+            hold = self._ready.popleft()
+            hold.is_ready = False
+            if self._start_one(hold):
+                self._make_ready(hold)
+
+    def _start_one(self, hold: Hold) -> bool:
+        """Start the host's next job if it may; what holds it back makes the host ready again when it is over."""
+        now = time.monotonic()
+        if not hold.waiting or hold.is_lost or now >= hold.ends_at - self._margin_s:
+            return False
+        if hold.next_start_at > now:
+            asyncio.get_running_loop().call_later(hold.next_start_at - now, self._resume, hold)
+            return False
+        if (batch_id := hold.waiting[0].batch_id) not in self._options:
+            self._unknown.add(batch_id)
+            self._woken.set()
+            return False
+        if not self._places.try_enter(hold.host):
+            return False
+        job = hold.waiting.popleft()
+        self._waiting_count -= 1
+        self._running_count += 1
+        hold.note_start(now)
+        seat = Seat(self._places, hold.host)
+        asked = options.for_job(job, self._options[batch_id], self._settings.limits)
+        task = asyncio.create_task(self._run_job(hold, job, asked, seat))
+        hold.running[task] = job
+        task.add_done_callback(lambda task: self._end_job(hold, seat, task))
+        return True
+
+    def _resume(self, hold: Hold) -> None:
+        self._make_ready(hold)
+        self._start_ready()
+
+    async def _run_job(self, hold: Hold, job: ClaimedJob, asked: JobOptions, seat: Seat) -> None:
+        started_at = time.monotonic()
+        outcome, result = await attempt.run(job, asked, transport=self._transport, move=seat.move)
+        self._note_host(hold, outcome, started_at)
+        self._offer(hold, result)
+
+    def _end_job(self, hold: Hold, seat: Seat, task: asyncio.Task[None]) -> None:
+        """Account for a fetch that ended, in whatever way: also one that was cancelled before its first step."""
+        job = hold.running.pop(task)
+        hold.ended_count += 1
+        self._running_count -= 1
+        seat.leave()
+        if task.cancelled():
+            self._settle_cancelled(hold, job)
+        elif (bug := task.exception()) is not None:
+            logger.error("Attempt %d of job %s broke", job.attempt, job.id, exc_info=bug)
+            self._offer(hold, attempt.broken(job))
+        self._start_ready()
+        if self._running_count * 2 < self._settings.slots or (not hold.is_dry and len(hold.waiting) < hold.concurrency):
+            self._woken.set()
+
+    def _settle_cancelled(self, hold: Hold, job: ClaimedJob) -> None:
+        """This worker cancelled the fetch: for the client, because the lease is lost, or at the end of the grace."""
+        if job.batch_id in self._cancelled:
+            self._offer(hold, attempt.cancelled(job))
+        elif not hold.is_lost:
+            self._return(hold, [job])
+
+    def _note_host(self, hold: Hold, outcome: Outcome, started_at: float) -> None:
+        delay_s = retry.back_off_s(outcome, back_offs=hold.back_offs)
+        if delay_s is not None and started_at >= hold.backed_off_at:
+            hold.note_back_off(time.monotonic(), delay_s)
+            self._recorder.add_back_off(BackOff(lease=hold.lease, delay_s=delay_s, count=hold.back_offs))
+        elif isinstance(outcome, Response) and delay_s is None and hold.back_offs and started_at >= hold.backed_off_at:
+            hold.back_offs = 0
+            self._recorder.add_back_off(BackOff(lease=hold.lease, delay_s=0.0, count=0))
+
+    def _offer(self, hold: Hold, result: Result) -> None:
+        hold.unrecorded += 1
+        self._recorder.add(result)
+
+    def _note_stored(self, results: Sequence[Result]) -> None:
+        for result in results:
+            hold = self._holds.get((result.job.shard, result.job.host))
+            if hold is not None and hold.lease.number == result.job.lease:
+                hold.unrecorded -= 1
+        self._woken.set()

@@ -1,0 +1,123 @@
+"""Results on their way into the database: gathered for a moment, stored many at once, kept while it is away."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from app.jobs import batches, leases, queue
+from app.jobs.database import DATABASE_ERRORS, Sessions, is_refused_value
+from app.jobs.leases import BackOff
+from app.jobs.values import Result
+from app.outcome import FailureCode
+
+FLUSH_PAUSE_S = 0.05
+RECORD_MAX = 500
+BUFFERED_MAX = 2_000
+BUFFERED_BYTES_MAX = 64 * 2**20
+FAILED_PAUSE_S = 0.5
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """A bounded buffer of results and the loop that stores them.
+
+    `on_stored` is called with the results of each flush after its commit, whether their leases still stood or not.
+    """
+
+    def __init__(self, sessions: Sessions, on_stored: Callable[[Sequence[Result]], None]) -> None:
+        self._sessions = sessions
+        self._on_stored = on_stored
+        self._results: list[Result] = []
+        self._back_offs: dict[tuple[int, str], BackOff] = {}
+        self._bytes = 0
+        self._arrived = asyncio.Event()
+        self._flushed_at = 0.0
+        self.dropped_count = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no fetch may start, because its result might find no room."""
+        return len(self._results) >= BUFFERED_MAX or self._bytes >= BUFFERED_BYTES_MAX
+
+    def add(self, result: Result) -> None:
+        """Offer a result; it is stored within a moment, or dropped if its lease no longer stands."""
+        self._results.append(result)
+        self._bytes += len(result.body or b"")
+        self._arrived.set()
+
+    def add_back_off(self, back_off: BackOff) -> None:
+        """Store a host's back-off together with the next results; the latest for a host counts."""
+        self._back_offs[back_off.lease.shard, back_off.lease.host] = back_off
+        self._arrived.set()
+
+    async def run(self) -> None:
+        """Store what arrives, for ever."""
+        while True:
+            await self._arrived.wait()
+            await self._gather()
+            await self._flush()
+
+    async def _gather(self) -> None:
+        pause_s = self._flushed_at + FLUSH_PAUSE_S - time.monotonic()
+        if pause_s > 0 and len(self._results) < RECORD_MAX:
+            await asyncio.sleep(pause_s)
+
+    async def _flush(self) -> None:
+        results, back_offs = self._results[:RECORD_MAX], list(self._back_offs.values())
+        try:
+            await self._store(results, back_offs)
+        except DATABASE_ERRORS as error:
+            if is_refused_value(error):
+                await self._flush_one_by_one(results)
+                return
+            logger.warning("Results wait for the database: %s", error)
+            await asyncio.sleep(FAILED_PAUSE_S)
+            return
+        self._remove(results, back_offs)
+        self._on_stored(results)
+
+    async def _flush_one_by_one(self, results: Sequence[Result]) -> None:
+        """Find the result whose values PostgreSQL refuses, and store in its place that it could not be stored."""
+        for result in results:
+            try:
+                await self._store([result], [])
+            except DATABASE_ERRORS as error:
+                if not is_refused_value(error):
+                    return
+                logger.exception("The result of job %s cannot be stored", result.job.id)
+                await self._store([_unstorable(result)], [])
+            self._remove([result], [])
+            self._on_stored([result])
+
+    async def _store(self, results: Sequence[Result], back_offs: Sequence[BackOff]) -> None:
+        async with self._sessions.begin() as session:
+            if back_offs:
+                await leases.back_off(session, back_offs)
+            recorded = await queue.record(session, results)
+        self._flushed_at = time.monotonic()
+        self.dropped_count += len(results) - recorded.count
+        if recorded.maybe_finished:
+            async with self._sessions.begin() as session:
+                await batches.finish(session, recorded.maybe_finished)
+
+    def _remove(self, results: Sequence[Result], back_offs: Sequence[BackOff]) -> None:
+        """Forget the first results, which are stored, and the back-offs that were not renewed meanwhile."""
+        del self._results[: len(results)]
+        self._bytes -= sum(len(result.body or b"") for result in results)
+        for back_off in back_offs:
+            key = back_off.lease.shard, back_off.lease.host
+            if self._back_offs.get(key) is back_off:
+                del self._back_offs[key]
+        if not self._results and not self._back_offs:
+            self._arrived.clear()
+
+
+def _unstorable(result: Result) -> Result:
+    return Result(
+        job=result.job,
+        status="failed",
+        error=FailureCode.STORAGE_ERROR,
+        error_detail="What came back could not be stored; the operator finds the reason in the log.",
+    )

@@ -1,0 +1,92 @@
+"""Whether a job is done, failed or tried again, and how long its host is left alone. Decides only; does nothing."""
+
+import random
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+from app.outcome import RETRYABLE, RETRYABLE_STATUSES, Failure, FailureCode, Outcome, Response
+
+RETRY_FIRST_S = 1.0
+RETRY_MAX_S = 300.0
+RETRY_AFTER_MAX_S = 3600.0
+RETRY_AFTER_JITTER = 0.1
+BACK_OFF_FIRST_S = 1.0
+BACK_OFF_MAX_S = 60.0
+BACK_OFF_STATUSES = frozenset({429, 503})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What becomes of the job: `succeeded`, `failed`, or `queued` again in `delay_s` seconds."""
+
+    status: str
+    delay_s: float = 0.0
+    code: FailureCode | None = None
+    detail: str | None = None
+
+
+def decide(
+    outcome: Outcome, *, accepts: frozenset[int], attempts_made: int, attempts_max: int, repeatable: bool
+) -> Verdict:
+    """Judge an attempt by the job's own rule; `attempts_made` counts those charged, this one included.
+
+    A request that must not be repeated is tried again only when nothing of it was sent.
+    """
+    if isinstance(outcome, Response) and outcome.status in accepts:
+        return Verdict(status="succeeded")
+    code, detail = _failure(outcome)
+    may_retry = _is_curable(outcome) and (repeatable or _nothing_was_sent(outcome))
+    if may_retry and attempts_made < attempts_max:
+        return Verdict(status="queued", delay_s=_delay_s(outcome, attempts_made), code=code, detail=detail)
+    return Verdict(status="failed", code=code, detail=detail)
+
+
+def back_off_s(outcome: Outcome, *, back_offs: int) -> float | None:
+    """Seconds to leave the whole host alone, `None` when it need not be; `back_offs` are those before, in a row."""
+    if not isinstance(outcome, Response) or outcome.status not in BACK_OFF_STATUSES:
+        return None
+    asked_s = retry_after_s(outcome)
+    return asked_s if asked_s is not None else min(BACK_OFF_MAX_S, BACK_OFF_FIRST_S * 2.0 ** min(back_offs, 10))
+
+
+def retry_after_s(response: Response) -> float | None:
+    """Read Retry-After as seconds from now, at most an hour (RFC 9110, 10.2.3); `None` without a usable one."""
+    value = next((value.strip() for name, value in response.headers if name.lower() == "retry-after"), None)
+    if value is None:
+        return None
+    seconds = float(value[:10]) if value.isascii() and value.isdigit() else _seconds_until(value)
+    return None if seconds is None else min(RETRY_AFTER_MAX_S, max(0.0, seconds))
+
+
+def _seconds_until(value: str) -> float | None:
+    try:
+        at = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    if at.tzinfo is None:
+        at = at.replace(tzinfo=UTC)
+    return (at - datetime.now(UTC)).total_seconds()
+
+
+def _failure(outcome: Outcome) -> tuple[FailureCode, str]:
+    if isinstance(outcome, Failure):
+        return outcome.code, outcome.detail
+    return FailureCode.HTTP_STATUS, f"The server answered {outcome.status}, which accept_statuses does not accept."
+
+
+def _is_curable(outcome: Outcome) -> bool:
+    if isinstance(outcome, Failure):
+        return outcome.code in RETRYABLE
+    return outcome.status in RETRYABLE_STATUSES
+
+
+def _nothing_was_sent(outcome: Outcome) -> bool:
+    return isinstance(outcome, Failure) and not outcome.sent
+
+
+def _delay_s(outcome: Outcome, attempts_made: int) -> float:
+    """Full jitter over an exponential window (AWS, "Exponential Backoff And Jitter"), unless the server said when."""
+    if isinstance(outcome, Response) and (asked_s := retry_after_s(outcome)) is not None:
+        return asked_s * random.uniform(1.0, 1.0 + RETRY_AFTER_JITTER)
+    return random.uniform(0.0, min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** (attempts_made - 1)))

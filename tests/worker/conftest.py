@@ -1,0 +1,106 @@
+"""Workers in this process, on a real database, fetching from a real local web server."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from ipaddress import ip_network
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+
+from app.fetch.limits import Limits
+from app.fetch.policy import Policy, check_url
+from app.fetch.resolver import Resolver
+from app.fetch.transport import Transport
+from app.jobs import queue, reads
+from app.jobs.database import Sessions
+from app.jobs.ids import new_batch_id
+from app.jobs.values import NewBatch, NewJob
+from app.jobs.workers import Identity
+from app.worker.pool import Pool, PoolSettings
+from app.worker.upkeep import Upkeep
+
+POLICY = Policy(allow_networks=(ip_network("127.0.0.0/8"),))
+
+LIMITS = Limits(
+    deadline_s=20.0,
+    connect_timeout_s=10.0,
+    read_timeout_s=10.0,
+    wire_bytes_max=2**20,
+    body_bytes_max=2**20,
+    header_bytes_max=2**17,
+    header_count_max=256,
+    redirects_max=10,
+    informational_max=16,
+    encodings_max=3,
+)
+
+
+@dataclass(frozen=True)
+class Service:
+    """Submits to the database and starts workers on it, as the API and `fetchpool worker` do."""
+
+    sessions: Sessions
+
+    @asynccontextmanager
+    async def worker(self, **changes: Any) -> AsyncIterator[Pool]:
+        """Run one worker; it is stopped without grace at the end."""
+        resolver = Resolver()
+        transport = Transport(policy=POLICY, resolver=resolver, user_agent="Fetchpool tests")
+        identity = Identity(id=uuid4(), machine="test", pid=os.getpid(), version="0", slots=100)
+        values = {"slots": 20, "host_concurrency": 4, "host_delay_s": 0.0, "lease_s": 30.0, "drain_grace_s": 10.0}
+        settings = PoolSettings(limits=LIMITS, **{**values, **changes})
+        pool = Pool(sessions=self.sessions, transport=transport, identity=identity, settings=settings)
+        running = [asyncio.create_task(pool.run()), asyncio.create_task(Upkeep(self.sessions).run())]
+        try:
+            yield pool
+        finally:
+            pool.stop()
+            await running[0]
+            running[1].cancel()
+            with suppress(asyncio.CancelledError):
+                await running[1]
+            await transport.aclose()
+            await resolver.aclose()
+
+    async def submit(self, *urls: str, request: dict[str, Any] | None = None, **options: Any) -> UUID:
+        batch = NewBatch(id=new_batch_id(), name=None, metadata=None, options=options, skipped=[])
+        targets = [check_url(url, POLICY) for url in urls]
+        async with self.sessions.begin() as session:
+            jobs = [NewJob(url=target.url, host=target.host, request=request) for target in targets]
+            await queue.enqueue(session, batch, jobs)
+        return batch.id
+
+    async def read(self, batch_id: UUID) -> reads.Batch:
+        async with self.sessions.begin() as session:
+            batch = await reads.get_batch(session, batch_id)
+        assert batch is not None
+        return batch
+
+    async def jobs(self, batch_id: UUID) -> list[reads.Job]:
+        async with self.sessions.begin() as session:
+            return await reads.list_jobs(session, batch_id, limit=10_000, where=reads.JobFilter())
+
+    async def job(self, job_id: UUID) -> reads.JobDetail:
+        async with self.sessions.begin() as session:
+            job = await reads.get_job(session, job_id)
+        assert job is not None
+        return job
+
+    async def until(self, batch_id: UUID, condition: Callable[[reads.Batch], bool]) -> reads.Batch:
+        """Poll, as clients do, until the batch is as wanted."""
+        async with asyncio.timeout(30):
+            while not condition(batch := await self.read(batch_id)):
+                await asyncio.sleep(0.02)
+        return batch
+
+    async def finished(self, batch_id: UUID) -> reads.Batch:
+        return await self.until(batch_id, lambda batch: batch.finished_at is not None)
+
+
+@pytest.fixture
+def service(sessions: Sessions) -> Service:
+    return Service(sessions)

@@ -1,0 +1,195 @@
+"""The pool at work: what runs, where, how much at once, and what becomes of it."""
+
+import asyncio
+import itertools
+import time
+from collections import Counter
+from uuid import UUID
+
+from sqlalchemy import text
+
+from app.jobs import batches
+from app.jobs.database import Sessions
+from tests.web import Answer, serving
+from tests.worker.conftest import Service
+
+
+async def statuses(sessions: Sessions) -> Counter[str]:
+    async with sessions.begin() as session:
+        return Counter(row.status for row in await session.execute(text("SELECT status FROM job")))
+
+
+async def test_a_batch_runs_to_completion(service: Service) -> None:
+    async with serving() as site, service.worker():
+        urls = [site.url(f"/{number}", address=f"127.0.0.{number % 5 + 1}") for number in range(100)]
+        batch = await service.finished(await service.submit(*urls))
+        assert (batch.status, batch.counts.succeeded, batch.http_statuses) == ("completed", 100, {"200": 100})
+        assert site.hits == Counter(f"/{number}" for number in range(100))
+
+
+async def test_no_host_sees_more_at_once_than_its_limit(service: Service) -> None:
+    async with serving() as site, service.worker(host_concurrency=3), service.worker(host_concurrency=3):
+        batch_id = await service.submit(*(site.url(f"/held/{number}") for number in range(30)))
+        await site.wait_for_hits(3)
+        site.gate.set()
+        await service.finished(batch_id)
+        assert site.most_at_once == 3
+
+
+async def test_one_slow_host_does_not_hold_up_another(service: Service) -> None:
+    async with serving() as site, service.worker(slots=10, host_concurrency=4):
+        slow = await service.submit(*(site.url(f"/held/{number}", address="127.0.0.2") for number in range(50)))
+        await site.wait_for_hits(4)
+        fast = await service.submit(*(site.url(f"/{number}") for number in range(50)))
+        assert (await service.finished(fast)).counts.succeeded == 50
+        assert (await service.read(slow)).counts.succeeded == 0
+        site.gate.set()
+        assert (await service.finished(slow)).counts.succeeded == 50
+
+
+async def test_two_fetches_to_a_host_are_a_delay_apart(service: Service) -> None:
+    times: list[float] = []
+
+    def answer(path: str) -> Answer:
+        times.append(time.monotonic())
+        return 200, {}, b""
+
+    async with serving(answer) as site, service.worker(host_delay_s=0.2):
+        await service.finished(await service.submit(*(site.url(f"/{number}") for number in range(5))))
+    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert min(pauses) > 0.15
+
+
+async def test_a_failing_job_is_tried_again_and_tells_of_each_attempt(service: Service) -> None:
+    answers = iter([500, 502, 200])
+    async with serving(lambda _: (next(answers), {}, b"")) as site, service.worker():
+        batch_id = await service.submit(site.url("/"))
+        assert (await service.finished(batch_id)).counts.succeeded == 1
+        [job] = await service.jobs(batch_id)
+        attempts = (await service.job(job.id)).attempts_made
+        assert [attempt.http_status for attempt in attempts] == [500, 502, 200]
+        assert [attempt.error for attempt in attempts] == ["http_status", "http_status", None]
+
+
+async def test_a_job_fails_when_its_attempts_are_used_up(service: Service) -> None:
+    async with serving(lambda _: (500, {"X-Why": "no"}, b"why")) as site, service.worker():
+        batch_id = await service.submit(site.url("/"), max_attempts=2)
+        batch = await service.finished(batch_id)
+        assert (batch.counts.failed, batch.errors, batch.http_statuses) == (1, {"http_status": 1}, {"500": 1})
+        [job] = await service.jobs(batch_id)
+        detail = await service.job(job.id)
+        assert (detail.attempts, detail.http_status, detail.body_bytes) == (2, 500, 3)
+        assert ["X-Why", "no"] in (detail.response_headers or [])
+
+
+async def test_a_busy_host_is_left_alone_as_long_as_it_asks(service: Service) -> None:
+    seen: list[float] = []
+
+    def answer(path: str) -> Answer:
+        seen.append(time.monotonic())
+        return (429, {"Retry-After": "1"}, b"") if len(seen) == 1 else (200, {}, b"")
+
+    async with serving(answer) as site, service.worker(host_concurrency=1):
+        batch_id = await service.submit(*(site.url(f"/{number}") for number in range(5)))
+        assert (await service.finished(batch_id)).counts.succeeded == 5
+    assert seen[1] - seen[0] >= 1.0
+
+
+async def test_a_post_is_sent_with_its_body_and_not_repeated(service: Service) -> None:
+    async with serving(lambda _: (503, {}, b"")) as site, service.worker():
+        batch_id = await service.submit(site.url("/"), request={"method": "POST", "body": "hello"})
+        assert (await service.finished(batch_id)).counts.failed == 1
+        assert (site.methods, site.hits) == (Counter(POST=1), Counter({"/": 1}))
+
+
+async def test_cancelling_stops_what_runs_and_what_waits(service: Service, sessions: Sessions) -> None:
+    async with serving() as site, service.worker(slots=4):
+        batch_id = await service.submit(*(site.url(f"/held/{number}") for number in range(100)))
+        await site.wait_for_hits(4)
+        await _cancel(service, batch_id)
+        batch = await service.finished(batch_id)
+        assert (batch.status, batch.counts.cancelled, batch.errors) == ("cancelled", 100, {"cancelled": 100})
+        assert sum(site.hits.values()) == 4
+        assert await statuses(sessions) == Counter(cancelled=100)
+
+
+async def _cancel(service: Service, batch_id: UUID) -> None:
+    async with service.sessions.begin() as session:
+        assert await batches.cancel(session, batch_id)
+
+
+async def test_a_drained_worker_puts_back_what_has_not_started(service: Service) -> None:
+    async with serving() as site:
+        async with service.worker(slots=2, host_concurrency=2) as pool:
+            batch_id = await service.submit(*(site.url(f"/held/{number}") for number in range(20)))
+            await site.wait_for_hits(2)
+            pool.drain()
+            await service.until(batch_id, lambda batch: batch.counts.running == 2)
+            site.gate.set()
+            batch = await service.until(batch_id, lambda batch: batch.counts.running == 0)
+            assert (batch.counts.succeeded, batch.counts.queued) == (2, 18)
+        async with service.worker():
+            assert (await service.finished(batch_id)).counts.succeeded == 20
+        assert {job.attempts for job in await service.jobs(batch_id)} == {1}
+
+
+async def test_a_stopped_worker_puts_back_what_runs_uncharged(service: Service) -> None:
+    async with serving() as site:
+        async with service.worker() as pool:
+            batch_id = await service.submit(*(site.url(f"/held/{number}") for number in range(4)))
+            await site.wait_for_hits(4)
+            pool.stop()
+            await service.until(batch_id, lambda batch: batch.counts.queued == 4)
+        site.gate.set()
+        async with service.worker():
+            assert (await service.finished(batch_id)).counts.succeeded == 4
+        assert {job.attempts for job in await service.jobs(batch_id)} == {1}
+
+
+async def test_work_that_comes_while_a_host_is_held_is_found(service: Service) -> None:
+    async with serving() as site, service.worker():
+        held = await service.submit(site.url("/held"))
+        await site.wait_for_hits(1)
+        assert (await service.finished(await service.submit(site.url("/later")))).counts.succeeded == 1
+        site.gate.set()
+        await service.finished(held)
+
+
+async def test_a_redirect_takes_a_place_at_its_target(service: Service) -> None:
+    def answer(path: str) -> Answer:
+        if path.startswith("/from"):
+            return 302, {"Location": f"http://127.0.0.2:{site.port}/held{path}"}, b""
+        return 200, {}, b""
+
+    async with serving(answer) as site, service.worker(host_concurrency=2):
+        batch_id = await service.submit(*(site.url(f"/from/{number}") for number in range(10)))
+        await site.wait_for_hits(12)
+        assert sum(count for path, count in site.hits.items() if path.startswith("/held")) == 2
+        site.gate.set()
+        assert (await service.finished(batch_id)).counts.succeeded == 10
+
+
+async def test_a_worker_whose_lease_is_gone_stops_and_stores_nothing(service: Service, sessions: Sessions) -> None:
+    async with serving() as site, service.worker(lease_s=1.5):
+        batch_id = await service.submit(site.url("/held"))
+        await site.wait_for_hits(1)
+        async with sessions.begin() as session:
+            await session.execute(text("UPDATE host SET lease = lease + 1, owner = gen_random_uuid()"))
+        async with asyncio.timeout(10):
+            while not site.closed_early:
+                await asyncio.sleep(0.02)
+        site.gate.set()
+        assert (await service.finished(batch_id)).counts.succeeded == 1
+        [job] = await service.jobs(batch_id)
+        assert job.attempts == 1
+
+
+async def test_a_result_that_cannot_be_stored_fails_its_job_alone(service: Service, sessions: Sessions) -> None:
+    async with sessions.begin() as session:
+        await session.execute(text("ALTER TABLE job ADD CONSTRAINT odd CHECK (http_status <> 299)"))
+    answers = {"/odd": (299, {}, b"")}
+    async with serving(lambda path: answers.get(path, (200, {}, b""))) as site, service.worker():
+        batch_id = await service.submit(*(site.url(path) for path in ("/1", "/odd", "/2")))
+        batch = await service.finished(batch_id)
+        assert batch.counts.succeeded == 2
+        assert batch.errors == {"storage_error": 1}
