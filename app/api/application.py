@@ -1,0 +1,82 @@
+"""Puts the API together: the routes, what guards them, and what they share. Reads no setting of its own."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from app.api import batches, docs, health, jobs, problems
+from app.api.context import Context
+from app.api.intake import Intake
+from app.api.schemas import Bounds
+from app.api.security import Gate, Outermost, host_to_allow
+from app.api.waiting import Waits
+from app.fetch.policy import Policy
+from app.jobs.database import Sessions
+
+
+def create_app(
+    *,
+    sessions: Sessions,
+    policy: Policy,
+    version: str,
+    host: str,
+    api_token: str | None,
+    allowed_hosts: Sequence[str],
+    request_bytes_max: int,
+    batch_jobs_max: int,
+    timeout_s_max: float,
+    wire_bytes_max: int,
+    body_bytes_max: int,
+    redirects_max: int,
+) -> FastAPI:
+    """Make the ASGI application; `host` is the address it listens on, the rest are the operator's settings.
+
+    Call `stop_waiting` when the server is told to stop, or long polls hold it up.
+    """
+    bounds = Bounds(
+        request_bytes_max=request_bytes_max,
+        batch_jobs_max=batch_jobs_max,
+        timeout_s_max=timeout_s_max,
+        wire_bytes_max=wire_bytes_max,
+        body_bytes_max=body_bytes_max,
+        redirects_max=redirects_max,
+    )
+    app = FastAPI(
+        title="Fetchpool",
+        version=version,
+        lifespan=_lifespan,
+        openapi_url=None,
+        redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+    )
+    app.state.context = Context(
+        sessions=sessions,
+        intake=Intake(policy=policy, bounds=bounds),
+        waits=Waits(),
+        is_open=api_token is None,
+    )
+    for router in (batches.router, jobs.router, health.router):
+        app.include_router(router)
+    docs.install(app)
+    problems.install(app)
+    hosts = [name for given in (host, *allowed_hosts) for name in host_to_allow(given)]
+    # The last one added is the outermost.
+    app.add_middleware(Gate, allowed_hosts=hosts, api_token=api_token)
+    app.add_middleware(Outermost)
+    return app
+
+
+def stop_waiting(app: FastAPI) -> None:
+    """Answer all long polls now, and later ones at once."""
+    context: Context = app.state.context
+    context.waits.close()
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    app.openapi()
+    yield
+    context: Context = app.state.context
+    context.waits.close()
+    context.intake.close()

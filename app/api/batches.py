@@ -1,0 +1,300 @@
+"""Batches over HTTP: submit, list, show, their jobs and results, cancel, delete."""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import Annotated, Literal, assert_never
+from uuid import UUID
+
+from fastapi import APIRouter, Path, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.ext.asyncio import AsyncSession
+from starlette.responses import Response, StreamingResponse
+
+from app.api import examples, paging, problems, results
+from app.api.context import Context, Here
+from app.api.problems import Problem, is_unavailable
+from app.api.replies import IfNoneMatch, Representation, reply, reply_json, represent
+from app.api.schemas import (
+    BATCH_ID_EXAMPLE,
+    FINISHED_BATCH,
+    BatchPage,
+    BatchStatus,
+    BatchView,
+    JobPage,
+    JobStatus,
+    batch_view,
+    job_view,
+)
+from app.api.waiting import WaitAsked, applied
+from app.jobs import batches, queue, reads
+from app.outcome import FailureCode
+
+logger = logging.getLogger(__name__)
+
+BATCHES_PAGE_MAX = 200
+JOBS_PAGE_MAX = 1_000
+HINT_TIMEOUT_S = 2.0
+RETRY_AFTER = {"Retry-After": "1"}
+"""After how many seconds an unfinished batch is worth another look."""
+
+router = APIRouter(prefix="/v1/batches", tags=["Batches"], responses=problems.documented(*problems.EVERYWHERE))
+
+BatchId = Annotated[UUID, Path(description="The batch's id.", examples=[BATCH_ID_EXAMPLE])]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A batch at one moment, as it is shown."""
+
+    representation: Representation
+    is_finished: bool
+
+
+class BatchesQuery(BaseModel):
+    """Which batches to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    status: BatchStatus | None = Field(default=None, description="Only batches of this status.")
+    limit: int = Field(default=50, ge=1, le=BATCHES_PAGE_MAX, description="Most batches of one page.")
+    cursor: str | None = Field(
+        default=None, pattern=paging.CURSOR_PATTERN, description="`next_cursor` of the page before."
+    )
+
+
+class JobsQuery(BaseModel):
+    """Which jobs of a batch to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    status: JobStatus | None = Field(default=None, description="Only jobs of this status.")
+    error: FailureCode | None = Field(default=None, description="Only jobs with this failure code.")
+    http_status: int | None = Field(default=None, ge=100, le=599, description="Only jobs with this HTTP status.")
+    host: str | None = Field(
+        default=None, pattern=r"^[!-~]{1,300}$", description="Only jobs of this host, as jobs show it."
+    )
+    limit: int = Field(default=100, ge=1, le=JOBS_PAGE_MAX, description="Most jobs of one page.")
+    cursor: str | None = Field(
+        default=None, pattern=paging.CURSOR_PATTERN, description="`next_cursor` of the page before."
+    )
+
+
+class ResultsQuery(BaseModel):
+    """What the results show."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include: Literal["body"] | None = Field(default=None, description="`body`: each line has the body as well.")
+
+
+@router.post(
+    "",
+    status_code=202,
+    response_model=BatchView,
+    operation_id="createBatch",
+    summary="Submit a batch of URLs",
+    description="Every URL becomes a job, durable before the answer is sent. One invalid entry refuses the whole "
+    "batch, or, with `on_invalid: skip`, is left out and listed.",
+    response_description="The batch is stored; Location says where to look for what comes of it.",
+    responses={
+        200: {"model": BatchView, "description": "The batch finished within the preferred wait."},
+        **problems.documented(
+            problems.INVALID_JSON,
+            problems.BODY_TOO_SLOW,
+            problems.BODY_TOO_LARGE,
+            problems.MEDIA_TYPE_NOT_SUPPORTED,
+            problems.INVALID_REQUEST,
+            problems.TOO_MANY_JOBS,
+            problems.BUSY,
+            problems.DATABASE_UNAVAILABLE,
+        ),
+    },
+    openapi_extra=examples.BATCH_REQUEST,
+)
+async def create_batch(request: Request, context: Here, wait_s: WaitAsked) -> Response:
+    """Take a batch in, store it, and only then answer."""
+    batch_id, stored = await _store(request, context)
+    await _hint(context)
+    headers = {"Location": f"/v1/batches/{batch_id}"}
+    if wait_s is None:
+        return _show(stored, status=202, headers=headers)
+    seen = await context.waits.until(
+        lambda: _look(context, batch_id), lambda seen: seen.is_finished, wait_s=wait_s, request=request
+    )
+    return _show(seen, status=200 if seen.is_finished else 202, headers={**headers, **applied(wait_s)})
+
+
+@router.get(
+    "",
+    response_model=BatchPage,
+    operation_id="listBatches",
+    summary="List batches, newest first",
+    responses=problems.documented(problems.INVALID_PARAMETER, problems.INVALID_CURSOR),
+)
+async def list_batches(context: Here, query: Annotated[BatchesQuery, Query()]) -> Response:
+    """Show a page of batches."""
+    before = paging.read_batch_cursor(query.cursor)
+    async with context.sessions.begin() as session:
+        # One more than the page, to know whether there is another.
+        found = await reads.list_batches(session, limit=query.limit + 1, before=before, status=query.status)
+    shown = found[: query.limit]
+    cursor = paging.batch_cursor(shown[-1].id) if len(found) > query.limit else None
+    page = BatchPage(data=[batch_view(batch) for batch in shown], next_cursor=cursor)
+    return reply_json(page, headers=paging.next_link("/v1/batches", _given(query), cursor))
+
+
+@router.get(
+    "/{batch_id}",
+    response_model=BatchView,
+    operation_id="getBatch",
+    summary="Show a batch and its counts",
+    description="Cheap to ask often, whatever the batch's size; cheaper with If-None-Match, or with `Prefer: wait`.",
+    responses={
+        304: {"description": "The batch is still as If-None-Match says."},
+        **problems.documented(problems.BATCH_NOT_FOUND, problems.INVALID_PARAMETER),
+    },
+)
+async def get_batch(
+    batch_id: BatchId, request: Request, context: Here, wait_s: WaitAsked, if_none_match: IfNoneMatch = None
+) -> Response:
+    """Show a batch, when there is news of it if the client waits."""
+
+    def is_news(seen: Seen) -> bool:
+        if if_none_match is None:
+            return seen.is_finished
+        return seen.is_finished or not seen.representation.is_among(if_none_match)
+
+    seen = await context.waits.until(lambda: _look(context, batch_id), is_news, wait_s=wait_s or 0, request=request)
+    return _show(seen, if_none_match=if_none_match, headers=applied(wait_s))
+
+
+@router.get(
+    "/{batch_id}/jobs",
+    response_model=JobPage,
+    operation_id="listBatchJobs",
+    summary="List a batch's jobs, in the order they were given",
+    responses=problems.documented(problems.BATCH_NOT_FOUND, problems.INVALID_PARAMETER, problems.INVALID_CURSOR),
+)
+async def list_batch_jobs(batch_id: BatchId, context: Here, query: Annotated[JobsQuery, Query()]) -> Response:
+    """Show a page of jobs."""
+    after = paging.read_job_cursor(query.cursor)
+    where = reads.JobFilter(status=query.status, error=query.error, http_status=query.http_status, host=query.host)
+    async with context.sessions.begin() as session:
+        await _require(session, batch_id)
+        found = await reads.list_jobs(session, batch_id, after=after, limit=query.limit + 1, where=where)
+    shown = found[: query.limit]
+    cursor = paging.job_cursor(shown[-1].position) if len(found) > query.limit else None
+    page = JobPage(data=[job_view(job) for job in shown], next_cursor=cursor)
+    return reply_json(page, headers=paging.next_link(f"/v1/batches/{batch_id}/jobs", _given(query), cursor))
+
+
+@router.get(
+    "/{batch_id}/results",
+    response_class=StreamingResponse,
+    operation_id="streamBatchResults",
+    summary="Stream the results as JSON lines",
+    description="One line for each finished job, in the order they were given. On an unfinished batch: those that are "
+    "finished when their turn comes.",
+    responses={
+        200: {"description": "A line for each finished job.", "content": examples.RESULT_LINES},
+        **problems.documented(problems.BATCH_NOT_FOUND, problems.INVALID_PARAMETER),
+    },
+)
+async def stream_batch_results(batch_id: BatchId, context: Here, query: Annotated[ResultsQuery, Query()]) -> Response:
+    """Stream what is finished."""
+    async with context.sessions.begin() as session:
+        await _require(session, batch_id)
+    lines = results.stream(context.sessions, batch_id, with_bodies=query.include == "body")
+    return StreamingResponse(lines, media_type="application/x-ndjson")
+
+
+@router.post(
+    "/{batch_id}/cancel",
+    status_code=202,
+    response_model=BatchView,
+    operation_id="cancelBatch",
+    summary="Cancel a batch",
+    description="Nothing of it starts any more, and what runs is stopped. Safe to repeat; a finished batch stays so.",
+    response_description="Cancelling was asked for; the batch is `cancelled` once no job of it is left.",
+    responses=problems.documented(problems.BATCH_NOT_FOUND, problems.INVALID_PARAMETER),
+)
+async def cancel_batch(batch_id: BatchId, context: Here) -> Response:
+    """Ask for a batch to be cancelled, and show it."""
+    async with context.sessions.begin() as session:
+        await batches.cancel(session, batch_id)
+        batch = await _require(session, batch_id)
+    return _show(_seen(batch), status=202)
+
+
+@router.delete(
+    "/{batch_id}",
+    status_code=204,
+    response_class=Response,
+    operation_id="deleteBatch",
+    summary="Delete a finished batch, its jobs and bodies",
+    response_description="It is gone.",
+    responses=problems.documented(problems.BATCH_NOT_FOUND, problems.BATCH_NOT_FINISHED, problems.INVALID_PARAMETER),
+)
+async def delete_batch(batch_id: BatchId, context: Here) -> Response:
+    """Hide a finished batch from every reader at once."""
+    async with context.sessions.begin() as session:
+        outcome = await batches.delete(session, batch_id)
+    match outcome:
+        case "deleted":
+            return Response(status_code=204)
+        case "missing":
+            raise Problem(problems.BATCH_NOT_FOUND)
+        case "unfinished":
+            raise Problem(problems.BATCH_NOT_FINISHED)
+        case _:
+            assert_never(outcome)
+
+
+async def _store(request: Request, context: Context) -> tuple[UUID, Seen]:
+    """Commit the batch; what was read of it is let go of on return, before any wait."""
+    async with context.intake.submission(request) as submission:
+        async with context.sessions.begin() as session:
+            await queue.enqueue(session, submission.batch, submission.jobs)
+            batch = await _require(session, submission.batch.id)
+        return batch.id, _seen(batch)
+
+
+async def _hint(context: Context) -> None:
+    """Wake the workers. The batch is stored already, and they find it by themselves: a failure changes nothing."""
+    try:
+        async with asyncio.timeout(HINT_TIMEOUT_S), context.sessions.begin() as session:
+            await queue.notify(session)
+    except Exception as error:
+        if not is_unavailable(error):
+            raise
+        logger.warning("The workers could not be woken; they look by themselves: %s", type(error).__name__)
+
+
+async def _look(context: Context, batch_id: UUID) -> Seen:
+    async with context.sessions.begin() as session:
+        batch = await _require(session, batch_id)
+    return _seen(batch)
+
+
+async def _require(session: AsyncSession, batch_id: UUID) -> reads.Batch:
+    batch = await reads.get_batch(session, batch_id)
+    if batch is None:
+        raise Problem(problems.BATCH_NOT_FOUND)
+    return batch
+
+
+def _seen(batch: reads.Batch) -> Seen:
+    return Seen(represent(batch_view(batch)), batch.status in FINISHED_BATCH)
+
+
+def _show(
+    seen: Seen, *, status: int = 200, if_none_match: str | None = None, headers: dict[str, str] | None = None
+) -> Response:
+    again = {} if seen.is_finished else RETRY_AFTER
+    return reply(seen.representation, status=status, if_none_match=if_none_match, headers={**again, **(headers or {})})
+
+
+def _given(query: BaseModel) -> dict[str, object]:
+    """The parameters the client set, as a link to the next page repeats them."""
+    return query.model_dump(mode="json", exclude_unset=True, exclude={"cursor"})

@@ -1,0 +1,44 @@
+"""Whether this process is up, and whether it can do its work. Says nothing of the workers."""
+
+import asyncio
+
+from fastapi import APIRouter
+from sqlalchemy import text
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app.api import problems
+from app.api.context import Here
+from app.api.replies import reply_json
+from app.api.schemas import HealthView
+
+READY_TIMEOUT_S = 3.0
+
+router = APIRouter(
+    tags=["Health"],
+    responses=problems.documented(problems.CROSS_SITE, problems.HOST_NOT_ALLOWED, problems.INTERNAL_ERROR),
+)
+
+
+@router.get("/healthz", response_model=HealthView, operation_id="getHealth", summary="Tell whether the process is up")
+async def get_health(request: Request) -> Response:
+    """Answer, whatever the database does."""
+    return reply_json(HealthView(version=request.app.version))
+
+
+@router.get(
+    "/readyz",
+    response_model=HealthView,
+    operation_id="getReadiness",
+    summary="Tell whether the database answers",
+    responses=problems.documented(problems.DATABASE_UNAVAILABLE),
+)
+async def get_readiness(request: Request, context: Here) -> Response:
+    """Ask the database for the least it can do."""
+    async with asyncio.timeout(READY_TIMEOUT_S), context.sessions.begin() as session:
+        await session.execute(text("SELECT 1"))
+    return reply_json(HealthView(version=request.app.version))
+
+
+router.head("/healthz", include_in_schema=False)(get_health)
+router.head("/readyz", include_in_schema=False)(get_readiness)
