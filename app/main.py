@@ -1,0 +1,435 @@
+"""The composition root: builds the API, the workers and what they stand on from the settings.
+
+The only place where the parts meet. It decides in which order they start and stop, and nothing else.
+"""
+
+import asyncio
+import ipaddress
+import itertools
+import logging
+import os
+import platform
+import re
+import resource
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+import uvicorn
+from fastapi import FastAPI
+
+from app import __version__
+from app.api.application import create_app, stop_waiting
+from app.fetch.address import Address
+from app.fetch.limits import Limits
+from app.fetch.policy import Policy
+from app.fetch.resolver import Resolver
+from app.fetch.transport import Transport
+from app.jobs import embedded
+from app.jobs.database import DATABASE_ERRORS, Sessions, listen, make_engine, make_sessions, migrate
+from app.jobs.workers import Identity
+from app.settings import Settings
+from app.worker.pool import Pool, PoolSettings
+from app.worker.processes import Processes
+from app.worker.upkeep import Upkeep
+
+API_CONNECTIONS = 10
+WORKER_CONNECTIONS = 5
+SPARE_CONNECTIONS = 30
+"""For workers' hints, migrations, and people with psql."""
+
+CLIENTS_MAX = 2_000
+BACKLOG = 2_048
+API_GRACE_S = 5
+"""What requests under way get at shutdown."""
+
+RELISTEN_S = 5.0
+
+logger = logging.getLogger(__name__)
+
+
+class CannotRun(Exception):
+    """The settings rule it out, or the machine does; the message is one line that tells the operator what to do."""
+
+
+async def serve(settings: Settings) -> None:
+    """Run the whole service until told to stop: PostgreSQL unless one is given, the API, and the worker processes.
+
+    Raises `CannotRun`, `EmbeddedUnusable` or `DatabaseUnusable` when it cannot start, `CancelledError` when told to
+    stop before it has.
+    """
+    _cancel_on_signal()
+    _check_exposure(settings)
+    _say_what_is_open(settings)
+    with _bound_socket(settings) as listener:
+        async with _with_database(settings) as ready_settings:
+            await _migrate(ready_settings)
+            _listen(listener, settings)
+            await _serve_until_stopped(ready_settings, listener)
+
+
+async def work(settings: Settings, *, of_a_service: bool = False) -> None:
+    """Run one worker until told to stop: the first time it drains, the second time it ends at once.
+
+    `of_a_service`: it was started by `serve`, which has migrated already; when standard input closes that service is
+    gone, and the worker drains. Raises `CannotRun` or `DatabaseUnusable`.
+    """
+    if settings.database_url is None:
+        raise CannotRun(
+            "A worker of its own needs DATABASE_URL, the same as the service's; with its embedded PostgreSQL, "
+            "`fetchpool serve --workers N` starts the workers."
+        )
+    if not of_a_service:
+        _cancel_on_signal()
+        _say_what_is_open(settings)
+        await _migrate(settings)
+    _allow_many_files()
+    resolver = Resolver(servers=settings.dns_servers, dns_timeout_s=settings.dns_timeout_s)
+    async with aclosing(resolver), aclosing(_make_transport(settings, resolver)) as transport:
+        await _work_until_stopped(settings, transport, of_a_service=of_a_service)
+
+
+async def migrate_database(settings: Settings) -> None:
+    """Bring the schema of the database up to date, the embedded one's too. Raises as `serve` does."""
+    _cancel_on_signal()
+    async with _with_database(settings) as ready_settings:
+        await _migrate(ready_settings)
+
+
+# The service
+
+
+async def _serve_until_stopped(settings: Settings, listener: socket.socket) -> None:
+    port: int = listener.getsockname()[1]
+    engine = make_engine(_database_url(settings), pgbouncer=settings.pgbouncer, pool_size=API_CONNECTIONS)
+    api = _make_api(settings, make_sessions(engine), port)
+    server = _Server(_uvicorn_config(api))
+    workers = _make_workers(settings, port)
+    try:
+        async with asyncio.TaskGroup() as group:
+            serving = group.create_task(server.serve(sockets=[listener]))
+            if await server.is_started(serving):
+                running = group.create_task(workers.run())
+                _on_signal(lambda: _stop(api, server, workers))
+                _greet(settings, port)
+                await asyncio.wait({serving, running}, return_when=asyncio.FIRST_COMPLETED)
+                _stop(api, server, workers)
+    finally:
+        await engine.dispose()
+    if not server.started:
+        raise CannotRun("The API could not start; the log says why.")
+
+
+def _make_api(settings: Settings, sessions: Sessions, port: int) -> FastAPI:
+    return create_app(
+        sessions=sessions,
+        policy=_make_policy(settings, port),
+        version=__version__,
+        host=settings.host,
+        api_token=settings.api_token,
+        allowed_hosts=settings.allowed_hosts,
+        request_bytes_max=settings.request_bytes_max,
+        batch_jobs_max=settings.batch_jobs_max,
+        timeout_s_max=settings.timeout_s_max,
+        wire_bytes_max=settings.wire_bytes_max,
+        body_bytes_max=settings.body_bytes_max,
+        redirects_max=settings.redirects_max,
+    )
+
+
+def _stop(api: FastAPI, server: "_Server", workers: Processes) -> None:
+    stop_waiting(api)
+    server.stop()
+    workers.end()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, except that signals are the composition root's: it has more to stop than this."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+    async def is_started(self, serving: asyncio.Task[None]) -> bool:
+        """Wait until requests are answered; False when that failed, and uvicorn has logged why."""
+        while not self.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no event for it)
+            await asyncio.sleep(0.01)
+        return self.started
+
+    def stop(self) -> None:
+        """End the requests under way within `API_GRACE_S`; when asked again, at once."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def _uvicorn_config(api: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        api,
+        lifespan="on",
+        http="httptools",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        # No proxy is trusted to name the client or the scheme: nothing here depends on them.
+        proxy_headers=False,
+        limit_concurrency=CLIENTS_MAX,
+        timeout_graceful_shutdown=API_GRACE_S,
+    )
+
+
+def _make_workers(settings: Settings, port: int) -> Processes:
+    """Workers get what this process found out by their environment; a password does not show there in `ps`."""
+    source = str(Path(__file__).resolve().parents[1])
+    environment = os.environ | {
+        "DATABASE_URL": _database_url(settings),
+        "FETCHPOOL_PGBOUNCER": str(settings.pgbouncer),
+        "FETCHPOOL_HOST": settings.host,
+        "FETCHPOOL_PORT": str(port),
+        "PYTHONPATH": os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    # -P: not whatever folder called `app` the service was started beside
+    command = [sys.executable, "-P", "-m", "app.cli", "worker", "--of-a-service"]
+    return Processes(command, count=settings.workers, environment=environment, grace_s=settings.drain_grace_s)
+
+
+def _greet(settings: Settings, port: int) -> None:
+    """Tell on standard output where the service is; the curl line works as pasted."""
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "") else "::1" if settings.host == "::" else settings.host
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    token = '-H "Authorization: Bearer $FETCHPOOL_API_TOKEN" ' if settings.api_token else ""
+    sys.stdout.write(
+        f"Fetchpool {__version__} is ready.\n\n"
+        f"  Docs:    {url}/docs\n"
+        f"  Try it:  curl -g {url}/v1/batches {token}"
+        """-H 'Content-Type: application/json' -d '{"urls": ["https://example.com/"]}'\n\n"""
+        "Stop it with Ctrl-C.\n"
+    )
+    sys.stdout.flush()
+
+
+# One worker
+
+
+async def _work_until_stopped(settings: Settings, transport: Transport, *, of_a_service: bool) -> None:
+    engine = make_engine(_database_url(settings), pgbouncer=settings.pgbouncer, pool_size=WORKER_CONNECTIONS)
+    sessions = make_sessions(engine)
+    pool = Pool(sessions=sessions, transport=transport, identity=_identity(settings), settings=_pool_settings(settings))
+    stops = itertools.chain([pool.drain], itertools.repeat(pool.stop))
+    _on_signal(lambda: next(stops)())
+    if of_a_service:
+        _on_closed_stdin(pool.drain)
+    try:
+        async with asyncio.TaskGroup() as group:
+            beside = [group.create_task(Upkeep(sessions).run())]
+            if not settings.pgbouncer:
+                beside.append(group.create_task(_hear_hints(_database_url(settings), pool.wake)))
+            await pool.run()
+            for task in beside:
+                task.cancel()
+    finally:
+        await engine.dispose()
+
+
+async def _hear_hints(url: str, wake: Callable[[], None]) -> None:
+    """Wake the pool at every hint of new work. Without hints it polls: a lost connection costs a second, no job."""
+    while True:
+        try:
+            connection = await listen(url, wake)
+        except DATABASE_ERRORS:
+            await asyncio.sleep(RELISTEN_S)
+            continue
+        try:
+            lost = asyncio.Event()
+            connection.add_termination_listener(lambda _, lost=lost: lost.set())
+            wake()
+            await lost.wait()
+        finally:
+            connection.terminate()
+
+
+def _identity(settings: Settings) -> Identity:
+    return Identity(id=uuid4(), machine=platform.node(), pid=os.getpid(), version=__version__, slots=settings.slots)
+
+
+def _pool_settings(settings: Settings) -> PoolSettings:
+    return PoolSettings(
+        slots=settings.slots,
+        host_concurrency=settings.host_concurrency,
+        host_delay_s=settings.host_delay_s,
+        lease_s=settings.lease_s,
+        drain_grace_s=settings.drain_grace_s,
+        limits=_limits(settings),
+    )
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        deadline_s=settings.timeout_s,
+        connect_timeout_s=settings.connect_timeout_s,
+        read_timeout_s=settings.read_timeout_s,
+        wire_bytes_max=settings.wire_bytes_max,
+        body_bytes_max=settings.body_bytes_max,
+        header_bytes_max=settings.header_bytes_max,
+        header_count_max=settings.header_count_max,
+        redirects_max=settings.redirects_max,
+        informational_max=settings.informational_max,
+        encodings_max=settings.encodings_max,
+    )
+
+
+def _make_transport(settings: Settings, resolver: Resolver) -> Transport:
+    return Transport(
+        policy=_make_policy(settings, settings.port),
+        resolver=resolver,
+        user_agent=settings.user_agent,
+        ca_file=settings.ca_file,
+        decoders=settings.decoders,
+    )
+
+
+def _allow_many_files() -> None:
+    """Raise the soft limit of open files, often 1,024, to the hard one: a slot needs one and an idle connection too."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+# What may be reached, and by whom
+
+
+def _make_policy(settings: Settings, port: int) -> Policy:
+    return Policy(
+        allow_networks=settings.allow_networks,
+        own_names=frozenset(name.lower() for name in settings.allowed_hosts),
+        own_addresses=_own_addresses(settings.host),
+        own_port=port,
+    )
+
+
+def _own_addresses(host: str) -> frozenset[Address]:
+    with suppress(CannotRun):
+        addresses = frozenset(ipaddress.ip_address(found[4][0]) for found in _resolve(host, 0))
+        if any(address.is_unspecified for address in addresses):
+            return addresses | _machine_addresses()
+        return addresses
+    return frozenset()  # a worker elsewhere need not know the name the API listens by
+
+
+def _machine_addresses() -> frozenset[Address]:
+    """Every address of this machine, as Linux lists them; elsewhere none."""
+    found: set[Address] = set()
+    with suppress(OSError):
+        table = Path("/proc/net/fib_trie").read_text()
+        found |= {ipaddress.IPv4Address(each) for each in re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", table)}
+    with suppress(OSError):
+        table = Path("/proc/net/if_inet6").read_text()
+        found |= {ipaddress.IPv6Address(int(line.split()[0], 16)) for line in table.splitlines()}
+    return frozenset(found)
+
+
+def _check_exposure(settings: Settings) -> None:
+    if settings.api_token is not None:
+        return
+    if not all(ipaddress.ip_address(found[4][0]).is_loopback for found in _resolve(settings.host, settings.port)):
+        raise CannotRun(
+            f"Listening on {settings.host}, beyond this machine, needs a token: set FETCHPOOL_API_TOKEN to a secret of "
+            "16 characters or more, or listen on 127.0.0.1."
+        )
+
+
+def _say_what_is_open(settings: Settings) -> None:
+    if settings.allow_networks:
+        networks = ", ".join(map(str, settings.allow_networks))
+        logger.warning("Fetches may reach non-public networks (FETCHPOOL_ALLOW_NETWORKS): %s", networks)
+
+
+@contextmanager
+def _bound_socket(settings: Settings) -> Iterator[socket.socket]:
+    """Take the port before anything else is started, so that a taken one is told at once; clients are let in later."""
+    family, kind, protocol, _, address = _resolve(settings.host, settings.port)[0]
+    with socket.socket(family, kind, protocol) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            raise _cannot_listen(settings, error) from None
+        yield listener
+
+
+def _listen(listener: socket.socket, settings: Settings) -> None:
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:  # another one bound it as well and was the first to listen
+        raise _cannot_listen(settings, error) from None
+
+
+def _cannot_listen(settings: Settings, error: OSError) -> CannotRun:
+    where = f"port {settings.port} of {settings.host}"
+    return CannotRun(f"Cannot listen on {where} ({error.strerror}): choose another with --port (FETCHPOOL_PORT).")
+
+
+_Resolved = list[tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[str, int] | tuple[str, int, int, int]]]
+
+
+def _resolve(host: str, port: int) -> _Resolved:
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)  # type: ignore[return-value]
+    except (OSError, UnicodeError):
+        raise CannotRun(
+            f"{host!r} is no address to listen on: set --host (FETCHPOOL_HOST) to one of this machine, such as "
+            "127.0.0.1."
+        ) from None
+
+
+# The database, and signals
+
+
+@asynccontextmanager
+async def _with_database(settings: Settings) -> AsyncIterator[Settings]:
+    """Yield settings whose `database_url` is set; while this runs, an embedded PostgreSQL does."""
+    if settings.database_url is not None:
+        yield settings
+        return
+    connections_max = SPARE_CONNECTIONS + API_CONNECTIONS + settings.workers * (WORKER_CONNECTIONS + 1)
+    async with embedded.running(settings.data_dir, connections_max=connections_max) as url:
+        yield settings.model_copy(update={"database_url": url, "pgbouncer": False})
+
+
+async def _migrate(settings: Settings) -> None:
+    await migrate(_database_url(settings), pgbouncer=settings.pgbouncer)
+
+
+def _database_url(settings: Settings) -> str:
+    assert settings.database_url is not None, "_with_database comes first"
+    return settings.database_url
+
+
+def _cancel_on_signal() -> None:
+    """Until something else is said: a signal ends the start, and what was started is stopped on the way out."""
+    task = asyncio.current_task()
+    assert task is not None
+    _on_signal(lambda: None if task.cancelling() else task.cancel())
+
+
+def _on_signal(act: Callable[[], object]) -> None:
+    loop = asyncio.get_running_loop()
+    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(signal_number, act)
+
+
+def _on_closed_stdin(act: Callable[[], object]) -> None:
+    loop = asyncio.get_running_loop()
+    stdin = sys.stdin.fileno()
+
+    def read() -> None:
+        if not os.read(stdin, 1024):
+            loop.remove_reader(stdin)
+            act()
+
+    loop.add_reader(stdin, read)

