@@ -10,6 +10,28 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
+IDEMPOTENCY_KEPT_S = 24 * 3600
+
+LOCK_KEY = text("SELECT pg_try_advisory_xact_lock(hashtextextended(:key, 0))")
+FREE_OLD_KEY = text("""
+    UPDATE batch SET idempotency_key = NULL
+    WHERE idempotency_key = :key AND (created_at < now() - make_interval(secs => :kept_s) OR deleted_at IS NOT NULL)
+""")
+BY_KEY = text("SELECT id, request_sha256 FROM batch WHERE idempotency_key = :key")
+
+
+async def lock_key(session: AsyncSession, key: str) -> bool:
+    """Take an Idempotency-Key for the rest of the transaction; `False` when another request is at it just now."""
+    return bool(await session.scalar(LOCK_KEY, {"key": key}))
+
+
+async def find_by_key(session: AsyncSession, key: str) -> tuple[UUID, bytes] | None:
+    """Return the batch made under this key in the last 24 hours and the hash of its request; lock the key before."""
+    await session.execute(FREE_OLD_KEY, {"key": key, "kept_s": IDEMPOTENCY_KEPT_S})
+    row = (await session.execute(BY_KEY, {"key": key})).first()
+    return (row.id, row.request_sha256) if row is not None else None
+
+
 START = text("""
     WITH chosen AS MATERIALIZED (
         SELECT id FROM batch WHERE id = ANY(CAST(:ids AS uuid[])) AND status = 'queued'

@@ -443,8 +443,10 @@ def _end_left_over(files: Path) -> None:
     """Stop what a killed service left running on `files`; the lock says that it is nobody's any more.
 
     Only then is `postmaster.pid` removed: its process id may by now be somebody else's, for which PostgreSQL would
-    refuse to start, but while any process is at the files it must stand.
+    refuse to start, but while any process is at the files it must stand, and where processes cannot be seen as well.
     """
+    if not Path("/proc/self").exists():
+        return
     pid_file = files / "postmaster.pid"
     for signal_number, patience_s in ((signal.SIGINT, STOP_S_MAX), (signal.SIGQUIT, QUIT_S_MAX), (signal.SIGKILL, 5.0)):
         if _ended(files, signal_number, patience_s=patience_s):

@@ -30,9 +30,10 @@ SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 INSERT_BATCH = text("""
-    INSERT INTO batch (id, name, metadata, options, skipped, status, total, succeeded, failed, cancelled, finished_at)
-    VALUES (:id, :name, CAST(:metadata AS jsonb), CAST(:options AS jsonb), CAST(:skipped AS jsonb), :status, :total,
-        :none, :none, :none, CASE WHEN :status = 'completed' THEN now() END)
+    INSERT INTO batch (id, name, metadata, options, skipped, idempotency_key, request_sha256, status, total,
+        succeeded, failed, cancelled, finished_at)
+    VALUES (:id, :name, CAST(:metadata AS jsonb), CAST(:options AS jsonb), CAST(:skipped AS jsonb), :idempotency_key,
+        :request_sha256, :status, :total, :none, :none, :none, CASE WHEN :status = 'completed' THEN now() END)
 """)
 
 INSERT_JOBS = text("""
@@ -92,6 +93,8 @@ async def _insert_batch(session: AsyncSession, batch: NewBatch, total: int) -> N
             "metadata": _json(batch.metadata),
             "options": _json(batch.options),
             "skipped": _json(batch.skipped),
+            "idempotency_key": batch.idempotency_key,
+            "request_sha256": batch.request_sha256,
             "status": "queued" if total else "completed",
             "total": total,
             "none": None if total else 0,
@@ -155,7 +158,7 @@ TAKE_JOBS = text(f"""
     UPDATE job SET status = 'running', attempt = attempt + 1, lease = locked.lease, started_at = now()
     FROM locked WHERE job.shard = locked.shard AND job.id = locked.id AND job.status = 'queued'
     RETURNING job.shard, job.id, job.batch_id, job.host, job.url, job.request, job.repeatable, job.attempt, job.lost,
-        job.lease
+        job.crashes, job.lease
 """)
 
 
@@ -233,7 +236,7 @@ RECORD_JOBS = text("""
         ORDER BY job.shard, job.id FOR UPDATE OF job
     ), recorded AS (
         UPDATE job SET
-            status = locked.status,
+            status = locked.status, alone = false,
             run_at = CASE WHEN locked.status = 'queued' THEN now() + make_interval(secs => locked.delay_s)
                 ELSE run_at END,
             finished_at = CASE WHEN locked.status <> 'queued' THEN now() END,
@@ -335,41 +338,54 @@ def _histogram_keys(result: Result) -> Iterator[HistogramKey]:
 
 
 GIVE_BACK = text("""
-    WITH held AS MATERIALIZED (
-        SELECT job.shard, job.id FROM job
+    WITH mine AS MATERIALIZED (
+        SELECT job.shard, job.id,
+            job.status = 'running' AND job.lease = mine.lease AND job.attempt = mine.attempt AS is_held
+        FROM job
         JOIN unnest(CAST(:shards AS smallint[]), CAST(:ids AS uuid[]), CAST(:leases AS bigint[]),
             CAST(:attempts AS smallint[])) AS mine(shard, id, lease, attempt)
-        ON job.shard = mine.shard AND job.id = mine.id AND job.lease = mine.lease AND job.attempt = mine.attempt
-        WHERE job.status = 'running'
+        ON job.shard = mine.shard AND job.id = mine.id
         ORDER BY job.shard, job.id FOR UPDATE OF job
+    ), cleared AS (
+        UPDATE job SET crashes = crashes - 1
+        FROM mine WHERE job.shard = mine.shard AND job.id = mine.id AND NOT mine.is_held AND job.crashes > 0
     )
-    UPDATE job SET status = 'queued', lost = lost + 1
-    FROM held WHERE job.shard = held.shard AND job.id = held.id AND job.status = 'running'
+    UPDATE job SET status = 'queued', lost = lost + 1, alone = false
+    FROM mine WHERE job.shard = mine.shard AND job.id = mine.id AND mine.is_held AND job.status = 'running'
     RETURNING job.shard, job.batch_id
+""")
+
+RUN_ALONE = text("""
+    UPDATE job SET alone = true
+    WHERE shard = :shard AND id = :id AND status = 'running' AND lease = :lease AND attempt = :attempt
+    RETURNING true
 """)
 
 RESCUE = text("""
     WITH stranded AS MATERIALIZED (
-        SELECT job.shard, job.id FROM job
+        SELECT job.shard, job.id,
+            CASE WHEN job.alone THEN 'poisoned' WHEN NOT job.repeatable THEN 'worker_crashed' END AS error
+        FROM job
         JOIN unnest(CAST(:shards AS smallint[]), CAST(:hosts AS text[])) AS lost(shard, host)
         ON job.shard = lost.shard AND job.host = lost.host
         WHERE job.status = 'running'
         ORDER BY job.shard, job.id FOR UPDATE OF job
     )
     UPDATE job SET
-        lost = lost + 1,
-        status = CASE WHEN repeatable THEN 'queued' ELSE 'failed' END,
-        finished_at = CASE WHEN repeatable THEN NULL ELSE now() END,
-        error = CASE WHEN repeatable THEN NULL ELSE 'worker_crashed' END,
-        error_detail = CASE WHEN repeatable THEN NULL ELSE :detail END
+        lost = lost + 1, crashes = crashes + 1, alone = false,
+        status = CASE WHEN stranded.error IS NULL THEN 'queued' ELSE 'failed' END,
+        finished_at = CASE WHEN stranded.error IS NULL THEN NULL ELSE now() END,
+        error = stranded.error,
+        error_detail = CASE stranded.error WHEN 'poisoned' THEN :poisoned WHEN 'worker_crashed' THEN :crashed END
     FROM stranded WHERE job.shard = stranded.shard AND job.id = stranded.id AND job.status = 'running'
-    RETURNING job.shard, job.batch_id, job.status
+    RETURNING job.shard, job.batch_id, job.status, job.error
 """)
 
 CRASHED_DETAIL = (
     "The worker was lost while it may have sent this request. "
     "Set the option retry_unsafe to have such methods sent again."
 )
+POISONED_DETAIL = "Three workers were lost while they ran this job, the last one with nothing else to run."
 
 CANCEL_QUEUED = text("""
     WITH chosen AS MATERIALIZED (
@@ -384,7 +400,11 @@ CANCEL_QUEUED = text("""
 
 
 async def give_back(session: AsyncSession, jobs: Sequence[ClaimedJob]) -> None:
-    """Put claimed jobs back into the queue without charging the attempt: they had not started, or were interrupted."""
+    """Put claimed jobs back into the queue without charging the attempt: they had not started, or were interrupted.
+
+    A job that was rescued from this worker meanwhile is cleared of the crash it was charged with: the worker lives, and
+    only could not reach the database.
+    """
     result = await session.execute(
         GIVE_BACK,
         {
@@ -398,10 +418,19 @@ async def give_back(session: AsyncSession, jobs: Sequence[ClaimedJob]) -> None:
     await _count_moves(session, keys, leaving="running", entering="queued")
 
 
+async def run_alone(session: AsyncSession, job: ClaimedJob) -> bool:
+    """Note that a suspect now runs with no other fetch open; `False` when it is no longer this worker's.
+
+    Should its lease be lost from here on, nothing else can be to blame.
+    """
+    values = {"shard": job.shard, "id": job.id, "lease": job.lease, "attempt": job.attempt}
+    return bool(await session.scalar(RUN_ALONE, values))
+
+
 async def rescue(session: AsyncSession, hosts: Sequence[tuple[int, str]]) -> None:
     """Give the jobs of lost leases back; the caller has locked these (shard, host) and found their leases at an end.
 
-    A job whose request must not be repeated fails instead: it may have been sent.
+    A job whose request must not be repeated fails instead: it may have been sent. So does a suspect that ran alone.
     """
     rows = (
         await session.execute(
@@ -409,7 +438,8 @@ async def rescue(session: AsyncSession, hosts: Sequence[tuple[int, str]]) -> Non
             {
                 "shards": [shard for shard, _ in hosts],
                 "hosts": [host for _, host in hosts],
-                "detail": CRASHED_DETAIL,
+                "poisoned": POISONED_DETAIL,
+                "crashed": CRASHED_DETAIL,
             },
         )
     ).all()
@@ -418,7 +448,7 @@ async def rescue(session: AsyncSession, hosts: Sequence[tuple[int, str]]) -> Non
     for row in rows:
         changes[row.shard, row.batch_id].move("running", row.status)
         if row.status == "failed":
-            outcomes[row.shard, row.batch_id, "error", "worker_crashed"] += 1
+            outcomes[row.shard, row.batch_id, "error", row.error] += 1
     await tallies.change(session, changes)
     await tallies.count_outcomes(session, outcomes)
 

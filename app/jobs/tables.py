@@ -53,6 +53,8 @@ batch = Table(
     Column("metadata", JSONB),
     Column("options", JSONB, nullable=False),
     Column("skipped", JSONB, nullable=False),
+    Column("idempotency_key", Text),
+    Column("request_sha256", LargeBinary),
     Column("status", Text, nullable=False),
     Column("total", Integer, nullable=False),
     Column("succeeded", Integer),
@@ -68,6 +70,9 @@ batch = Table(
     CheckConstraint("status <> 'cancelled' OR cancel_requested_at IS NOT NULL", name="cancelled_was_requested"),
     CheckConstraint("finished_at IS NULL OR succeeded + failed + cancelled = total", name="finished_adds_up"),
     CheckConstraint("deleted_at IS NULL OR finished_at IS NOT NULL", name="deleted_was_finished"),
+    CheckConstraint("idempotency_key IS NULL OR request_sha256 IS NOT NULL", name="key_has_request"),
+    # batches.find_by_key, and the last guard against two batches of one key
+    Index("batch_key", "idempotency_key", unique=True, postgresql_where=text("idempotency_key IS NOT NULL")),
     # upkeep: batches that may be finished, or have rows to cancel
     Index("batch_unfinished", "id", postgresql_where=text("finished_at IS NULL")),
     # upkeep: batches whose rows are to be erased
@@ -111,6 +116,10 @@ job = Table(
     _time("run_at", nullable=False),
     Column("attempt", SmallInteger, nullable=False, server_default=text("0")),
     Column("lost", SmallInteger, nullable=False, server_default=text("0")),
+    # leases lost while it ran, by a worker that was not heard of again
+    Column("crashes", SmallInteger, nullable=False, server_default=text("0")),
+    # a suspect that its worker runs with no other fetch open
+    Column("alone", Boolean, nullable=False, server_default=text("false")),
     Column("lease", BigInteger),
     _time("started_at"),
     _time("finished_at"),
@@ -130,6 +139,8 @@ job = Table(
     ),
     CheckConstraint("status <> 'failed' OR error IS NOT NULL", name="failed_has_error"),
     CheckConstraint("0 <= lost AND lost <= attempt", name="lost_was_attempted"),
+    CheckConstraint("0 <= crashes AND crashes <= lost", name="crashes_were_lost"),
+    CheckConstraint("NOT alone OR status = 'running'", name="alone_is_running"),
     # reads.list_jobs, and chunks of a batch that is cancelled or erased
     Index("job_batch", "batch_id", "position"),
     # queue.claim and refill: what a host has to run, by turns over its batches

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
+CRASHES_OF_SUSPECT = 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewBatch:
@@ -14,6 +16,8 @@ class NewBatch:
     metadata: dict[str, Any] | None
     options: dict[str, Any]
     skipped: list[dict[str, Any]]
+    idempotency_key: str | None = None
+    request_sha256: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +44,13 @@ class ClaimedJob:
     repeatable: bool
     attempt: int
     lost: int
+    crashes: int
     lease: int
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it was running at so many crashes that it must run alone to be cleared or convicted."""
+        return self.crashes >= CRASHES_OF_SUSPECT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

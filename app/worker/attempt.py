@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 import zstandard
@@ -18,7 +18,9 @@ from app.worker.options import JobOptions
 COMPRESS_BYTES_MIN = 512
 COMPRESS_GAIN_MIN = 0.9
 """A body is kept compressed when that makes it at most this fraction of itself."""
-COMPRESS_LEVEL = 1
+COMPRESSOR = zstandard.ZstdCompressor(level=1)
+"""Made once: making one costs more than compressing a page. Not for use by several threads."""
+EVIDENCE = tuple(part.name for part in fields(Evidence))
 
 
 async def run(
@@ -76,18 +78,16 @@ def _result(job: ClaimedJob, outcome: Outcome, verdict: retry.Verdict) -> Result
 def _stored_body(content: bytes) -> tuple[bytes, str, bytes]:
     sha256 = hashlib.sha256(content).digest()
     if len(content) >= COMPRESS_BYTES_MIN:
-        packed = zstandard.compress(content, COMPRESS_LEVEL)
+        packed = COMPRESSOR.compress(content)
         if len(packed) <= len(content) * COMPRESS_GAIN_MIN:
             return packed, "zstd", sha256
     return content, "identity", sha256
 
 
 def _evidence_json(outcome: Outcome, evidence: Evidence) -> str:
-    """JSON that PostgreSQL takes: without the defaults, and without the NUL it refuses."""
-    stored: dict[str, Any] = {name: value for name, value in asdict(evidence).items() if value not in (None, (), False)}
+    """JSON that PostgreSQL takes: without what is not known, and without the NUL it refuses."""
+    stored: dict[str, Any] = {name: value for name in EVIDENCE if (value := getattr(evidence, name)) is not None}
+    stored["redirects"] = [{"url": hop.url, "status": hop.status} for hop in evidence.redirects]
     if isinstance(outcome, Response):
-        stored["final_url"] = outcome.final_url
-        stored["headers"] = outcome.headers
-        if outcome.flags:
-            stored["flags"] = outcome.flags
+        stored |= {"final_url": outcome.final_url, "headers": outcome.headers, "flags": outcome.flags}
     return json.dumps(stored, separators=(",", ":")).replace("\\u0000", "\\ufffd")

@@ -36,7 +36,7 @@ CLAIM_PAUSE_S = 0.02
 """Shortest pause between two claims, so that each claims many jobs."""
 ASK_CANCELLED_S = 1.0
 BEAT_S = 10.0
-FAILED_PAUSE_S = 0.5
+FAILED_PAUSE_S = 1.0
 DRAIN_LAST_S = 10.0
 """After the grace, how long to try to put jobs and hosts back into a database that does not answer."""
 AHEAD_PER_SLOT_MAX = 4
@@ -75,6 +75,7 @@ class Pool:
         self._options: dict[UUID, dict[str, Any]] = {}
         self._cancelled: set[UUID] = set()
         self._unknown: set[UUID] = set()
+        self._suspect: Hold | None = None
         self._to_give_back: list[tuple[Hold, ClaimedJob]] = []
         self._running_count = 0
         self._waiting_count = 0
@@ -113,6 +114,7 @@ class Pool:
 
     async def _step_or_wait_for_database(self) -> None:
         try:
+            self._stop_expired()
             await self._step()
         except DATABASE_ERRORS as error:
             logger.warning("The pool waits for the database: %s", error)
@@ -121,7 +123,6 @@ class Pool:
     async def _step(self) -> None:
         """Everything that is due now, what keeps leases first."""
         await self._renew()
-        self._stop_expired()
         await self._drop_cancelled()
         await self._beat()
         if self._drain_by is not None:
@@ -132,6 +133,7 @@ class Pool:
             await self._refill()
             await self._claim()
         await self._learn_options()
+        await self._start_suspect()
         self._start_ready()
 
     async def _pause(self) -> None:
@@ -150,7 +152,8 @@ class Pool:
         """Nothing is held any more, or the database has been away for so long that the leases end by themselves."""
         if self._drain_by is None:
             return False
-        return not self._holds or time.monotonic() >= self._drain_by + DRAIN_LAST_S
+        is_empty = not self._holds and not self._to_give_back
+        return is_empty or time.monotonic() >= self._drain_by + DRAIN_LAST_S
 
     async def _in_transaction(self, change: Any, *arguments: Any, **named: Any) -> Any:
         async with self._sessions.begin() as session:
@@ -179,10 +182,10 @@ class Pool:
             self._lose(hold)
 
     def _lose(self, hold: Hold) -> None:
-        """Stop at once what runs on a lease that is gone; its jobs are rescued by the next holder."""
+        """Stop at once what runs on a lease that is gone. The next holder rescues its jobs, if it is not us."""
         logger.warning("Lost the lease of host %s with %d fetches running", hold.host, len(hold.running))
         hold.is_lost = True
-        self._drop_waiting(hold)
+        self._return(hold, self._drop_waiting(hold))
         for task in hold.running:
             task.cancel()
         del self._holds[hold.lease.shard, hold.lease.host]
@@ -372,11 +375,14 @@ class Pool:
 
     def _start_ready(self) -> None:
         """Start fetches, one of each host in turn, while there are slots."""
-        while self._ready and self._running_count < self._settings.slots and not self._recorder.is_full:
+        while self._ready and self._may_start():
             hold = self._ready.popleft()
             hold.is_ready = False
             if self._start_one(hold):
                 self._make_ready(hold)
+
+    def _may_start(self) -> bool:
+        return self._running_count < self._settings.slots and not self._recorder.is_full and self._suspect is None
 
     def _start_one(self, hold: Hold) -> bool:
         """Start the host's next job if it may; what holds it back makes the host ready again when it is over."""
@@ -384,26 +390,47 @@ class Pool:
         if not hold.waiting or hold.is_lost or now >= hold.ends_at - self._margin_s:
             return False
         if hold.next_start_at > now:
+            hold.is_ready = True  # by the timer, and no other way before
             asyncio.get_running_loop().call_later(hold.next_start_at - now, self._resume, hold)
             return False
         if (batch_id := hold.waiting[0].batch_id) not in self._options:
             self._unknown.add(batch_id)
             self._woken.set()
             return False
+        if hold.waiting[0].is_suspect:
+            self._suspect = hold
+            return False
         if not self._places.try_enter(hold.host):
             return False
+        self._start_job(hold, now)
+        return True
+
+    def _start_job(self, hold: Hold, now: float) -> None:
+        """Start the first waiting job; its place at the host is taken."""
         job = hold.waiting.popleft()
         self._waiting_count -= 1
         self._running_count += 1
         hold.note_start(now)
         seat = Seat(self._places, hold.host)
-        asked = options.for_job(job, self._options[batch_id], self._settings.limits)
+        asked = options.for_job(job, self._options[job.batch_id], self._settings.limits)
         task = asyncio.create_task(self._run_job(hold, job, asked, seat))
         hold.running[task] = job
         task.add_done_callback(lambda task: self._end_job(hold, seat, task))
-        return True
+
+    async def _start_suspect(self) -> None:
+        """Once nothing else runs, start a job that may have brought workers down; nothing starts until it ended."""
+        hold = self._suspect
+        if hold is None or self._running_count:
+            return
+        if hold.is_lost or not hold.waiting or not hold.waiting[0].is_suspect:
+            self._suspect = None
+            self._make_ready(hold)
+            return
+        if await self._in_transaction(queue.run_alone, hold.waiting[0]) and self._places.try_enter(hold.host):
+            self._start_job(hold, time.monotonic())
 
     def _resume(self, hold: Hold) -> None:
+        hold.is_ready = False
         self._make_ready(hold)
         self._start_ready()
 
@@ -416,6 +443,9 @@ class Pool:
     def _end_job(self, hold: Hold, seat: Seat, task: asyncio.Task[None]) -> None:
         """Account for a fetch that ended, in whatever way: also one that was cancelled before its first step."""
         job = hold.running.pop(task)
+        if job.is_suspect:
+            self._suspect = None
+            self._make_ready(hold)
         hold.ended_count += 1
         self._running_count -= 1
         seat.leave()
@@ -432,7 +462,7 @@ class Pool:
         """This worker cancelled the fetch: for the client, because the lease is lost, or at the end of the grace."""
         if job.batch_id in self._cancelled:
             self._offer(hold, attempt.cancelled(job))
-        elif not hold.is_lost:
+        else:
             self._return(hold, [job])
 
     def _note_host(self, hold: Hold, outcome: Outcome, started_at: float) -> None:

@@ -15,7 +15,7 @@ FLUSH_PAUSE_S = 0.05
 RECORD_MAX = 500
 BUFFERED_MAX = 2_000
 BUFFERED_BYTES_MAX = 64 * 2**20
-FAILED_PAUSE_S = 0.5
+FAILED_PAUSE_S = 1.0
 
 logger = logging.getLogger(__name__)
 

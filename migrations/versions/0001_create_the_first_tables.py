@@ -32,6 +32,8 @@ def upgrade() -> None:
         sa.Column("metadata", postgresql.JSONB(astext_type=sa.Text()), nullable=True),
         sa.Column("options", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
         sa.Column("skipped", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
+        sa.Column("idempotency_key", sa.Text(), nullable=True),
+        sa.Column("request_sha256", sa.LargeBinary(), nullable=True),
         sa.Column("status", sa.Text(), nullable=False),
         sa.Column("total", sa.Integer(), nullable=False),
         sa.Column("succeeded", sa.Integer(), nullable=True),
@@ -55,9 +57,13 @@ def upgrade() -> None:
         sa.CheckConstraint(
             "finished_at IS NULL OR succeeded + failed + cancelled = total", name=op.f("batch_finished_adds_up")
         ),
+        sa.CheckConstraint("idempotency_key IS NULL OR request_sha256 IS NOT NULL", name=op.f("batch_key_has_request")),
         sa.PrimaryKeyConstraint("id", name=op.f("batch_pkey")),
     )
     op.create_index("batch_deleted", "batch", ["id"], unique=False, postgresql_where=sa.text("deleted_at IS NOT NULL"))
+    op.create_index(
+        "batch_key", "batch", ["idempotency_key"], unique=True, postgresql_where=sa.text("idempotency_key IS NOT NULL")
+    )
     op.create_index("batch_unfinished", "batch", ["id"], unique=False, postgresql_where=sa.text("finished_at IS NULL"))
     op.create_table(
         "body",
@@ -121,6 +127,8 @@ def upgrade() -> None:
         sa.Column("run_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("attempt", sa.SmallInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("lost", sa.SmallInteger(), server_default=sa.text("0"), nullable=False),
+        sa.Column("crashes", sa.SmallInteger(), server_default=sa.text("0"), nullable=False),
+        sa.Column("alone", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("lease", sa.BigInteger(), nullable=True),
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("finished_at", sa.DateTime(timezone=True), nullable=True),
@@ -133,6 +141,7 @@ def upgrade() -> None:
             "(status IN ('succeeded', 'failed', 'cancelled')) = (finished_at IS NOT NULL)",
             name=op.f("job_finished_has_time"),
         ),
+        sa.CheckConstraint("NOT alone OR status = 'running'", name=op.f("job_alone_is_running")),
         sa.CheckConstraint("status <> 'failed' OR error IS NOT NULL", name=op.f("job_failed_has_error")),
         sa.CheckConstraint(
             "status <> 'running' OR (lease IS NOT NULL AND started_at IS NOT NULL)", name=op.f("job_running_is_leased")
@@ -144,6 +153,7 @@ def upgrade() -> None:
         sa.CheckConstraint(
             "status IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name=op.f("job_status_known")
         ),
+        sa.CheckConstraint("0 <= crashes AND crashes <= lost", name=op.f("job_crashes_were_lost")),
         sa.CheckConstraint("0 <= lost AND lost <= attempt", name=op.f("job_lost_was_attempted")),
         sa.PrimaryKeyConstraint("shard", "id", name=op.f("job_pkey")),
         postgresql_with={"autovacuum_vacuum_scale_factor": "0.02", "autovacuum_vacuum_cost_delay": "1"},

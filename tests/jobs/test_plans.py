@@ -17,7 +17,7 @@ HOSTS = 5_000
 FILL = """
     WITH made AS (
         SELECT n, (n % 256)::smallint AS shard, 'host' || (n % :hosts) AS host,
-            ('00000000-0000-7000-8000-0000000000' || lpad(to_hex(n % 8), 2, '0'))::uuid AS batch_id
+            ('00000000-0000-7000-8000-' || lpad(to_hex(n % 2000), 12, '0'))::uuid AS batch_id
         FROM generate_series(1, :jobs) AS n
     ), jobs AS (
         INSERT INTO job
@@ -83,7 +83,7 @@ STATEMENTS: list[tuple[str, TextClause, Mapping[str, Any]]] = [
         },
     ),
     ("give back", queue.GIVE_BACK, JOB),
-    ("rescue", queue.RESCUE, {**HOST, "detail": "lost"}),
+    ("rescue", queue.RESCUE, {**HOST, "poisoned": "alone", "crashed": "lost"}),
     ("cancel", queue.CANCEL_QUEUED, {"batch_id": uuid4(), "start": 0, "stop": 100}),
     ("change tallies", tallies.CHANGE, {"shards": [1], "batch_ids": [uuid4()], **COUNTS}),
     ("erase jobs", batches.ERASE_JOBS, {"batch_id": uuid4(), "limit": 100}),

@@ -248,6 +248,53 @@ async def test_a_request_that_may_not_be_repeated_fails_with_its_worker(
     assert await tallies_equal_the_rows(sessions)
 
 
+async def test_a_job_is_poisoned_only_by_a_crash_while_it_ran_alone(client: Client, sessions: Sessions) -> None:
+    batch_id = await client.submit("h", "h")
+    for crashes in range(4):
+        _, jobs = await Worker(sessions).claim_one()
+        assert [(job.crashes, job.is_suspect) for job in jobs] == [(crashes, crashes >= 2)] * 2
+        await end_leases(sessions)
+    _, [guilty, innocent] = await Worker(sessions).claim_one()
+    async with sessions.begin() as session:
+        assert await queue.run_alone(session, guilty)
+    await end_leases(sessions)
+    _, [left] = await Worker(sessions).claim_one()
+    assert left.id == innocent.id
+    poisoned = await client.job(guilty.id)
+    assert (poisoned.status, poisoned.error) == ("failed", "poisoned")
+    assert (await client.read(batch_id)).errors == {"poisoned": 1}
+    assert await tallies_equal_the_rows(sessions)
+
+
+async def test_a_worker_that_was_only_cut_off_clears_its_jobs_of_the_crash(client: Client, sessions: Sessions) -> None:
+    await client.submit("h")
+    cut_off, other = Worker(sessions), Worker(sessions)
+    _, jobs = await cut_off.claim_one()
+    await end_leases(sessions)
+    lease, [rescued] = await other.claim_one()
+    assert rescued.crashes == 1
+    await cut_off.give_back(jobs)
+    assert (await client.job(rescued.id)).status == "running"
+    await other.give_back([rescued])
+    await other.release(lease)
+    _, [again] = await other.claim_one()
+    assert (again.crashes, again.lost, again.attempt) == (0, 2, 3)
+
+
+async def test_an_idempotency_key_names_one_batch_for_a_day(client: Client, sessions: Sessions) -> None:
+    batch_id = await client.submit("h")
+    sha256 = b"r" * 32
+    await execute(sessions, "UPDATE batch SET idempotency_key = 'k', request_sha256 = :sha256", sha256=sha256)
+    async with sessions.begin() as session:
+        assert await batches.lock_key(session, "k")
+        assert await batches.find_by_key(session, "k") == (batch_id, sha256)
+        async with sessions.begin() as other:
+            assert not await batches.lock_key(other, "k")
+    await execute(sessions, "UPDATE batch SET created_at = now() - interval '25 hours'")
+    async with sessions.begin() as session:
+        assert await batches.find_by_key(session, "k") is None
+
+
 async def test_running_jobs_that_no_lease_covers_are_found(client: Client, worker: Worker, sessions: Sessions) -> None:
     await client.submit("h")
     await worker.claim_one()

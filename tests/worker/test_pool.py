@@ -184,6 +184,19 @@ async def test_a_worker_whose_lease_is_gone_stops_and_stores_nothing(service: Se
         assert job.attempts == 1
 
 
+async def test_a_suspect_runs_with_no_other_fetch_open(service: Service, sessions: Sessions) -> None:
+    async with serving() as site:
+        at_once: list[int] = []
+        site.answer = lambda path: (at_once.append(site.now_count) if "suspect" in path else None) or (200, {}, b"")
+        paths = [f"/{number}" for number in range(30)] + ["/suspect"] + [f"/{number}" for number in range(30, 60)]
+        batch_id = await service.submit(*(site.url(path) for path in paths))
+        async with sessions.begin() as session:
+            await session.execute(text("UPDATE job SET attempt = 2, lost = 2, crashes = 2 WHERE url LIKE '%suspect'"))
+        async with service.worker():
+            assert (await service.finished(batch_id)).counts.succeeded == 61
+        assert at_once == [1]
+
+
 async def test_a_result_that_cannot_be_stored_fails_its_job_alone(service: Service, sessions: Sessions) -> None:
     async with sessions.begin() as session:
         await session.execute(text("ALTER TABLE job ADD CONSTRAINT odd CHECK (http_status <> 299)"))
