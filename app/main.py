@@ -117,7 +117,8 @@ async def _serve_until_stopped(settings: Settings, listener: socket.socket) -> N
                 _on_signal(lambda: _stop(api, server, workers))
                 _greet(settings, port)
                 await asyncio.wait({serving, running}, return_when=asyncio.FIRST_COMPLETED)
-                _stop(api, server, workers)
+                if not server.should_exit:  # asked again, workers would not finish what they run
+                    _stop(api, server, workers)
     finally:
         await engine.dispose()
     if not server.started:
@@ -160,6 +161,12 @@ class _Server(uvicorn.Server):
         while not self.started and not serving.done():  # noqa: ASYNC110 (uvicorn has no event for it)
             await asyncio.sleep(0.01)
         return self.started
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Shut down as uvicorn does, and end the application's lifespan even when forced to hurry."""
+        await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()
 
     def stop(self) -> None:
         """End the requests under way within `API_GRACE_S`; when asked again, at once."""

@@ -120,7 +120,7 @@ async def serving(data_dir: Path, *, workers: int = 1, **more: str) -> AsyncIter
         if process.returncode is None:
             process.terminate()
             await asyncio.wait_for(process.wait(), STOP_S)
-        await errors
+        assert b"Traceback" not in await errors
 
 
 async def read_until(stream: asyncio.StreamReader, mark: bytes) -> str:
@@ -161,6 +161,15 @@ def command_line(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:
         return ""
+
+
+def is_listening(url: str) -> bool:
+    host, port = url.removeprefix("http://").split(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 def postgres_pids(data_dir: Path) -> set[int]:
@@ -223,10 +232,59 @@ async def test_workers_are_processes_that_come_back(data_dir: Path, site: str) -
         assert (await service.finished(batch["id"]))["counts"]["succeeded"] == 1
 
 
+@pytest.fixture
+async def slow_site() -> AsyncIterator[tuple[str, asyncio.Event, asyncio.Event]]:
+    """A web server that says when it was asked, and answers when it is told to."""
+    asked, told = asyncio.Event(), asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        asked.set()
+        await told.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/", asked, told
+        told.set()
+
+
+async def test_a_running_fetch_may_finish_when_the_service_stops(
+    data_dir: Path, slow_site: tuple[str, asyncio.Event, asyncio.Event]
+) -> None:
+    url, asked, told = slow_site
+    async with serving(data_dir) as service:
+        batch = await service.post([url])
+        await asyncio.wait_for(asked.wait(), 20)
+        service.process.send_signal(signal.SIGINT)
+        await until(lambda: not is_listening(service.url))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(service.process.wait(), 1)
+        told.set()
+        assert await asyncio.wait_for(service.process.wait(), STOP_S) == 0
+    async with serving(data_dir, workers=0) as service:
+        counts = (await service.finished(batch["id"]))["counts"]
+        assert counts["succeeded"] == 1
+
+
+async def test_a_second_ctrl_c_waits_for_no_fetch(
+    data_dir: Path, slow_site: tuple[str, asyncio.Event, asyncio.Event]
+) -> None:
+    url, asked, _ = slow_site
+    async with serving(data_dir) as service:
+        await service.post([url])
+        await asyncio.wait_for(asked.wait(), 20)
+        service.process.send_signal(signal.SIGINT)
+        await until(lambda: not is_listening(service.url))
+        assert await asyncio.wait_for(service.stop(), 10) == 0
+    assert not postgres_pids(data_dir)
+
+
 async def test_ctrl_c_in_a_terminal_drains_and_stops_everything(data_dir: Path) -> None:
     async with serving(data_dir, workers=2) as service:
         await until(lambda: len(service.worker_pids()) == 2)
         workers = service.worker_pids()
+        assert workers
         os.killpg(service.process.pid, signal.SIGINT)
         assert await asyncio.wait_for(service.process.wait(), STOP_S) == 0
     assert not postgres_pids(data_dir)

@@ -500,7 +500,8 @@ def _is_postgres_in(process: Path, files: Path) -> bool:
 def _socket_dir(cluster: Cluster) -> Iterator[Path]:
     folder = cluster.data_dir / "socket"
     socket_path_bytes = len(os.fsencode(folder / f".s.PGSQL.{PORT}"))
-    if socket_path_bytes <= SOCKET_PATH_BYTES_MAX:
+    is_one_host = not set(",:") & set(str(folder))  # drivers take a comma for a list, what follows a colon for a port
+    if is_one_host and socket_path_bytes <= SOCKET_PATH_BYTES_MAX:
         _clear_socket_dir(folder, cluster.account)
         yield folder
         return

@@ -6,7 +6,7 @@ counting jobs, so that a batch of a million costs what one of ten does.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
@@ -244,14 +244,14 @@ async def get_job(session: AsyncSession, job_id: UUID) -> JobDetail | None:
     row = (await session.execute(ONE_JOB, keys)).first()
     if row is None:
         return None
-    earlier = [_earlier_attempt(attempt) for attempt in await session.execute(ATTEMPTS, keys)]
+    earlier = [_attempt(attempt) for attempt in await session.execute(ATTEMPTS, keys)]
     evidence = row.evidence or {}
     return JobDetail(
         **_job_fields(row),
         request_header_names=_header_names(row),
         response_headers=evidence.get("headers"),
         evidence=_fetch_evidence(evidence) if row.finished_at and evidence else None,
-        attempts_made=[*earlier, *_last_attempt(row)],
+        attempts_made=_numbered([*earlier, *_last_attempt(row)]),
     )
 
 
@@ -296,9 +296,9 @@ def _header_names(row: Row[Any]) -> list[str]:
     return sorted({*own, *shared}, key=str.lower)
 
 
-def _earlier_attempt(row: Row[Any]) -> Attempt:
+def _attempt(row: Row[Any]) -> Attempt:
     return Attempt(
-        number=row.number,
+        number=0,
         error=row.error,
         error_detail=row.error_detail,
         http_status=row.http_status,
@@ -310,19 +310,12 @@ def _earlier_attempt(row: Row[Any]) -> Attempt:
 
 def _last_attempt(row: Row[Any]) -> list[Attempt]:
     """The attempt that finished the job is on the job's own row; a job cancelled in the queue has none."""
-    if row.finished_at is None or row.evidence is None:
-        return []
-    return [
-        Attempt(
-            number=row.attempt,
-            error=row.error,
-            error_detail=row.error_detail,
-            http_status=row.http_status,
-            started_at=row.started_at,
-            finished_at=row.finished_at,
-            evidence=_fetch_evidence(row.evidence),
-        )
-    ]
+    return [] if row.finished_at is None or row.evidence is None else [_attempt(row)]
+
+
+def _numbered(attempts: list[Attempt]) -> list[Attempt]:
+    """Count the attempts clients are told of; those lost with their worker left no trace but a gap in the numbers."""
+    return [replace(attempt, number=number) for number, attempt in enumerate(attempts, start=1)]
 
 
 def _fetch_evidence(stored: dict[str, Any]) -> dict[str, Any]:

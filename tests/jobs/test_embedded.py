@@ -182,8 +182,8 @@ async def test_a_long_path_gets_a_short_socket_folder(folder: Path) -> None:
     assert not socket_dir.exists()
 
 
-async def test_a_path_with_quotes_commas_and_spaces_works(folder: Path) -> None:
-    async with embedded.running(folder / "it's, odd &c") as url:
+async def test_a_path_with_quotes_commas_colons_and_spaces_works(folder: Path) -> None:
+    async with embedded.running(folder / "it's, odd: &c") as url:
         assert await query(url, "SELECT 1") == 1
 
 
