@@ -11,11 +11,11 @@ from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
-import zstandard
 from sqlalchemy import text
 from sqlalchemy.engine import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.jobs import bodies
 from app.jobs.ids import shard_of_job
 
 
@@ -340,11 +340,7 @@ async def get_body(session: AsyncSession, job_id: UUID) -> Body | Literal["missi
     if row.content is None:
         return "none"
     return Body(
-        content=_decode(row.content, row.encoding),
+        content=bodies.unpack(row.content, row.encoding),
         content_type=_content_type(row.evidence or {}),
         sha256=row.sha256.hex(),
     )
-
-
-def _decode(content: bytes, encoding: str) -> bytes:
-    return zstandard.decompress(content) if encoding == "zstd" else content

@@ -3,23 +3,17 @@
 import hashlib
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
-
-import zstandard
 
 from app.fetch.http import fetch
 from app.fetch.transport import Transport
+from app.jobs import bodies
 from app.jobs.values import ClaimedJob, Result
-from app.outcome import Evidence, FailureCode, Outcome, Response
+from app.outcome import Evidence, Failure, FailureCode, Outcome, Response
 from app.worker import retry
 from app.worker.options import JobOptions
 
-COMPRESS_BYTES_MIN = 512
-COMPRESS_GAIN_MIN = 0.9
-"""A body is kept compressed when that makes it at most this fraction of itself."""
-COMPRESSOR = zstandard.ZstdCompressor(level=1)
-"""Made once: making one costs more than compressing a page. Not for use by several threads."""
 EVIDENCE = tuple(part.name for part in fields(Evidence))
 
 
@@ -55,11 +49,7 @@ def broken(job: ClaimedJob) -> Result:
 
 def _result(job: ClaimedJob, outcome: Outcome, verdict: retry.Verdict) -> Result:
     evidence = outcome.evidence
-    is_kept = isinstance(outcome, Response) and verdict.status != "queued"
-    body, encoding, sha256 = (
-        _stored_body(outcome.body) if is_kept and isinstance(outcome, Response) else (None, "", None)
-    )
-    return Result(
+    result = Result(
         job=job,
         status=verdict.status,
         delay_s=verdict.delay_s,
@@ -67,21 +57,13 @@ def _result(job: ClaimedJob, outcome: Outcome, verdict: retry.Verdict) -> Result
         error_detail=verdict.detail,
         http_status=outcome.status if isinstance(outcome, Response) else None,
         evidence=_evidence_json(outcome, evidence),
-        body=body,
-        body_sha256=sha256,
-        encoding=encoding,
         wire_bytes=evidence.wire_bytes,
         body_bytes=evidence.body_bytes,
     )
-
-
-def _stored_body(content: bytes) -> tuple[bytes, str, bytes]:
-    sha256 = hashlib.sha256(content).digest()
-    if len(content) >= COMPRESS_BYTES_MIN:
-        packed = COMPRESSOR.compress(content)
-        if len(packed) <= len(content) * COMPRESS_GAIN_MIN:
-            return packed, "zstd", sha256
-    return content, "identity", sha256
+    if isinstance(outcome, Failure) or verdict.status == "queued":
+        return result
+    body, encoding = bodies.pack(outcome.body)
+    return replace(result, body=body, encoding=encoding, body_sha256=hashlib.sha256(outcome.body).digest())
 
 
 def _evidence_json(outcome: Outcome, evidence: Evidence) -> str:
