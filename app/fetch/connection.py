@@ -32,7 +32,7 @@ class Connection(asyncio.BufferedProtocol):
         self._read_timeout_s = 0.0
         self._heard_at = 0.0
         self._unsent_bytes = 0
-        self.closed = False
+        self.closed = True  # until it is made
         self.remote_address: str | None = None
         self.connect_ms: float | None = None
         self.tls_ms: float | None = None
@@ -64,8 +64,7 @@ class Connection(asyncio.BufferedProtocol):
             self._fail(failure)
         while not exchange.complete:
             await self._news()
-        if self._failure is not None:
-            raise self._failure
+        self._raise_failure()
         whole = bytes(exchange.body)
         exchange.body.clear()  # an idle connection keeps its last exchange
         return whole
@@ -85,22 +84,27 @@ class Connection(asyncio.BufferedProtocol):
         )
 
     def abort(self) -> None:
-        """Close the socket without waiting for anything. Safe to repeat."""
-        self.closed = True
-        self._transport.abort()
+        """Close the socket without waiting for anything, a TLS farewell included. Safe to repeat."""
+        if not self.closed:
+            self.closed = True
+            self._transport.abort()
 
     async def _news(self) -> None:
         """Wait until something happened to the exchange; raise what went wrong with it."""
-        if self._failure is None and self.closed:
+        self._raise_failure()
+        if self.closed:
             self._break_off(None)
-        if self._failure is None:
-            self._waiter = self._loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        elif self._failure is not None:
-            raise self._failure
+            return
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            # Anew each time: one that is kept would keep, by its traceback, all who ever saw it.
+            raise Failed(self._failure.code, self._failure.detail)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -118,6 +122,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        self.closed = False
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return _READ_BUFFER
@@ -155,7 +160,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _break_off(self, error: Exception | None) -> None:
         """Judge the end of the connection by what the exchange had got."""
-        self.closed = True
+        self.abort()
         exchange = self._exchange
         if exchange is not None and not exchange.complete and self._failure is None:
             self._failure = exchange.end() if error is None else _explain_break(error, exchange)

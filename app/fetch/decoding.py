@@ -8,7 +8,7 @@ import asyncio
 import sys
 import time
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -63,8 +63,10 @@ class Decoded:
     flags: tuple[str, ...] = ()
 
 
-def codings(values: Iterable[str], *, encodings_max: int) -> tuple[str, ...]:
+def codings(values: Sequence[str], *, encodings_max: int) -> tuple[str, ...]:
     """List the codings of Content-Encoding fields, as they were applied. Raise `Failed` for any we did not ask for."""
+    if not values:
+        return ()
     listed = [coding.strip().lower() for value in values for coding in value.split(",")]
     applied = tuple(_ALIASES.get(coding, coding) for coding in listed if coding not in ("", "identity"))
     if len(applied) > encodings_max:

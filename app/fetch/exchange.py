@@ -94,7 +94,7 @@ class Exchange:
     def _take_body(self, data: bytes) -> None:
         assert self.head is not None
         if self.head.framing is Framing.CHUNKED:
-            self._take_chunks(data, self.head.chunked)
+            self._take_chunks(data, self.head.message)
         elif self.head.framing is Framing.UNTIL_CLOSE:
             self.body += data
             self.wire_bytes += len(data)
@@ -109,13 +109,13 @@ class Exchange:
         self.wire_bytes += min(missing, len(data))
         self.complete = len(data) >= missing
 
-    def _take_chunks(self, data: bytes, chunked: heads.Chunked) -> None:
+    def _take_chunks(self, data: bytes, message: heads.Message) -> None:
         if data:
-            chunked.feed_body(data)
-        self.body = chunked.body
-        self.wire_bytes = len(chunked.body)
-        self.complete = chunked.complete
-        self.extra = chunked.extra
+            message.feed_body(data)
+        self.body = message.chunks.body
+        self.wire_bytes = len(self.body)
+        self.complete = message.chunks.complete
+        self.extra = message.chunks.extra
 
     def _explain_cut_head(self) -> Failed:
         if b"\r\n" in self._head_bytes or self._informational_count:

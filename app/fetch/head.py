@@ -33,89 +33,79 @@ class Framing(Enum):
     UNTIL_CLOSE = "until_close"
 
 
-class Chunked:
-    """A message as llhttp sees it: the fields of its head, then the chunks of its body."""
+class Chunks:
+    """What llhttp tells of a message while it is fed. Apart from `Message`, or the two would keep each other alive."""
 
-    __slots__ = (
-        "_after_size",
-        "_fed",
-        "_in_head",
-        "_parser",
-        "_stale",
-        "body",
-        "body_bytes",
-        "complete",
-        "extra",
-        "fields",
-    )
+    __slots__ = ("after_size", "body", "complete", "extra")
 
     def __init__(self) -> None:
-        self.fields: list[tuple[bytes, bytes]] = []
         self.body = bytearray()
-        self.body_bytes = 0
         self.complete = False
         self.extra = False
-        self._in_head = True
-        self._after_size = False
-        self._stale = 0
-        self._fed = 0
-        self._parser = httptools.HttpResponseParser(self)
-        self._parser.set_dangerous_leniencies(lenient_chunked_length=True, lenient_spaces_after_chunk_size=True)
-
-    def feed_head(self, head: bytes) -> tuple[int, str]:
-        """Take a whole head; return its status and its version. Raise `httptools.HttpParserError` if it is not one."""
-        self._parser.feed_data(head)
-        self._in_head = self.complete = False
-        return self._parser.get_status_code(), self._parser.get_http_version()
-
-    def feed_body(self, data: bytes) -> None:
-        """Take wire bytes of the body; what they held is added to `body`. Raise `Failed` if they are not chunks."""
-        before = self.body_bytes
-        try:
-            self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            if not self.complete:
-                raise Failed(FailureCode.PROTOCOL_ERROR, f"The chunked body is not valid HTTP: {error}.") from error
-            self.extra = True
-        self._fed += len(data)
-        self._stale = 0 if self.body_bytes > before else self._stale + len(data)
-        if not self.complete:
-            self._refuse_idle_talk()
-
-    def _refuse_idle_talk(self) -> None:
-        """Bound bytes that bring the body no further: chunk extensions, trailers, padded sizes."""
-        if self._stale > OVERHEAD_BYTES_MAX:
-            if self._after_size:
-                raise Failed(FailureCode.HEADERS_TOO_LARGE, "The trailer of the body is too large.")
-            raise Failed(FailureCode.PROTOCOL_ERROR, "The chunked body is padded beyond reason.")
-        if self._fed - self.body_bytes > OVERHEAD_BYTES_MAX + OVERHEAD_RATIO_MAX * self.body_bytes:
-            raise Failed(FailureCode.PROTOCOL_ERROR, "The chunked body is padded beyond reason.")
+        self.after_size = False
 
     def on_message_begin(self) -> None:
         if self.complete:
             self.extra = True
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_head:  # a trailer says nothing that we keep
-            self.fields.append((name, value.rstrip(b" \t")))
-
     def on_chunk_header(self) -> None:
-        self._after_size = True
+        self.after_size = True
 
     def on_body(self, body: bytes) -> None:
-        if self.complete:
-            return
-        self._after_size = False
-        self.body += body
-        self.body_bytes += len(body)
+        if not self.complete:
+            self.after_size = False
+            self.body += body
 
     def on_message_complete(self) -> None:
         self.complete = True
 
 
+class Message:
+    """A message fed to llhttp. Of the head it only takes the judgement; a chunked body comes into `chunks`."""
+
+    __slots__ = ("_fed_bytes", "_parser", "_stale_bytes", "chunks")
+
+    def __init__(self) -> None:
+        self.chunks = Chunks()
+        self._fed_bytes = 0
+        self._stale_bytes = 0
+        self._parser = httptools.HttpResponseParser(self.chunks)
+        self._parser.set_dangerous_leniencies(lenient_chunked_length=True, lenient_spaces_after_chunk_size=True)
+
+    def feed_head(self, head: bytes) -> tuple[int, str]:
+        """Judge a whole head; return its status and its version. Raise httptools' errors if it is not one."""
+        self._parser.feed_data(head)
+        self.chunks.complete = False
+        return self._parser.get_status_code(), self._parser.get_http_version()
+
+    def feed_body(self, data: bytes) -> None:
+        """Take wire bytes of the body. Raise `Failed` if they are not chunks, or bring the body no further."""
+        body_bytes_before = len(self.chunks.body)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if not self.chunks.complete:
+                raise Failed(FailureCode.PROTOCOL_ERROR, f"The chunked body is not valid HTTP: {error}.") from error
+            self.chunks.extra = True
+        self._fed_bytes += len(data)
+        self._stale_bytes = 0 if len(self.chunks.body) > body_bytes_before else self._stale_bytes + len(data)
+        if not self.chunks.complete:
+            self._refuse_padding()
+
+    def _refuse_padding(self) -> None:
+        """Bound what is not body: chunk sizes and extensions, and the trailer."""
+        body_bytes = len(self.chunks.body)
+        overhead_bytes = self._fed_bytes - body_bytes
+        if max(self._stale_bytes, overhead_bytes - OVERHEAD_RATIO_MAX * body_bytes) <= OVERHEAD_BYTES_MAX:
+            return
+        if self.chunks.after_size:
+            raise Failed(FailureCode.HEADERS_TOO_LARGE, "The trailer of the body is too large.")
+        raise Failed(FailureCode.PROTOCOL_ERROR, "The chunked body is padded beyond reason.")
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The head of a response. `length` counts only with `Framing.LENGTH`; `chunked` takes the body with `CHUNKED`."""
+    """The head of a response. `length` counts only with `Framing.LENGTH`; `message` takes the body with `CHUNKED`."""
 
     status: int
     http_version: str
@@ -123,11 +113,7 @@ class Head:
     framing: Framing
     length: int
     keep_alive: bool
-    chunked: Chunked
-
-    def values(self, name: bytes) -> list[bytes]:
-        """List the values of a field, in order; `name` in lower case."""
-        return [value for field, value in self.fields if field.lower() == name]
+    message: Message
 
 
 def refuse_prologue(start: bytes | bytearray) -> None:
@@ -142,30 +128,34 @@ def parse(head: bytes, *, method: str, limits: Limits) -> Head:
         raise Failed(
             FailureCode.TOO_MANY_HEADERS, f"The response has more than {limits.header_count_max} header fields."
         )
-    message, status, version = _read(head)
-    if status == 101:
+    if head[8:12] == b" 101":
         raise Failed(FailureCode.UPGRADE_NOT_SUPPORTED, "The server switched to another protocol unasked.")
+    message, status, version = _read(head)
     if status < 100 or version not in ("1.0", "1.1"):
         raise Failed(FailureCode.PROTOCOL_ERROR, "The status line is not one of HTTP/1.")
-    lengths, codings, connection = _framing_fields(message.fields)
+    fields = _fields(head)
+    lengths, codings, connection = _framing_fields(fields)
     framing, length = _frame(lengths, codings, bodiless=method == "HEAD" or status in BODILESS or status < 200)
     clean = framing is not Framing.UNTIL_CLOSE and not (lengths and codings)
-    return Head(
-        status, f"HTTP/{version}", message.fields, framing, length, clean and _keeps_alive(version, connection), message
-    )
+    keep_alive = clean and _keeps_alive(version, connection)
+    return Head(status, f"HTTP/{version}", fields, framing, length, keep_alive, message)
 
 
-def _read(head: bytes) -> tuple[Chunked, int, str]:
-    message = Chunked()
+def _read(head: bytes) -> tuple[Message, int, str]:
+    message = Message()
     try:
         return message, *message.feed_head(head)
-    except httptools.HttpParserUpgrade as error:
-        raise Failed(FailureCode.UPGRADE_NOT_SUPPORTED, "The server switched to another protocol unasked.") from error
-    except httptools.HttpParserError as error:
+    except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
         collapsed = _collapse_lengths(head)
         if collapsed is None:
             raise Failed(FailureCode.PROTOCOL_ERROR, f"The response head is not valid HTTP: {error}.") from error
         return _read(collapsed)
+
+
+def _fields(head: bytes) -> list[tuple[bytes, bytes]]:
+    """Split a head that llhttp passed: no folded lines, no bare line ends. A third of the cost of its callbacks."""
+    lines = (line.partition(b":") for line in head.split(b"\r\n")[1:-2])
+    return [(name, value.strip(b" \t")) for name, _, value in lines]
 
 
 def _collapse_lengths(head: bytes) -> bytes | None:
@@ -191,7 +181,7 @@ def _framing_fields(fields: list[tuple[bytes, bytes]]) -> tuple[list[bytes], lis
 
 
 def _frame(lengths: list[bytes], codings: list[bytes], *, bodiless: bool) -> tuple[Framing, int]:
-    """Decide how the body ends (RFC 9112, 6.3). llhttp has seen to it that a length is one number."""
+    """Decide how the body ends (RFC 9112, 6.3). Several lengths are equal numbers by now."""
     if codings and [coding.lower() for coding in codings] != [b"chunked"]:
         raise Failed(FailureCode.PROTOCOL_ERROR, "The response has a Transfer-Encoding other than chunked.")
     if bodiless:
@@ -199,7 +189,7 @@ def _frame(lengths: list[bytes], codings: list[bytes], *, bodiless: bool) -> tup
     if codings:
         return Framing.CHUNKED, 0
     if lengths:
-        return Framing.LENGTH, int(lengths[0])
+        return Framing.LENGTH, int(lengths[0].partition(b",")[0])
     return Framing.UNTIL_CLOSE, 0
 
 

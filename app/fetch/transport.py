@@ -121,6 +121,11 @@ class Request(httpx2.Request):
         self.headers = httpx2.Headers(headers, encoding="ascii")
         self.stream = httpx2.ByteStream(content)
         self.extensions = {"target": target, "limits": limits, "trace": trace}
+        self._body = content
+
+    async def aread(self) -> bytes:
+        """Give the body, which needs no reading."""
+        return self._body
 
     @cached_property
     def url(self) -> httpx2.URL:  # type: ignore[override]
@@ -220,7 +225,7 @@ class Transport(httpx2.AsyncBaseTransport):
             head = await _ask(connection, content, request.method, limits=limits, trace=trace)
         assert trace.exchange is not None
         body = Body(self, connection, trace.exchange, place=place)
-        return httpx2.Response(head.status, headers=httpx2.Headers(head.fields, encoding="latin-1"), stream=body)
+        return httpx2.Response(head.status, headers=head.fields, stream=body)
 
     def release(self, connection: Connection, place: Place) -> None:
         """Take a connection back after an exchange: keep it for the next one, or abort it."""
@@ -327,10 +332,11 @@ class Transport(httpx2.AsyncBaseTransport):
     async def _adopt(self, connected: socket.socket, target: Target) -> Connection:
         """Put a connection on a connected socket; the socket is closed if that fails or is cancelled."""
         loop = asyncio.get_running_loop()
+        connection = Connection(loop)
         secure = target.scheme == "https"
         try:
-            transport, connection = await loop.create_connection(
-                lambda: Connection(loop),
+            transport, _ = await loop.create_connection(
+                lambda: connection,
                 sock=connected,
                 ssl=self._context if secure else None,
                 server_hostname=target.hostname if secure else None,
@@ -341,6 +347,7 @@ class Transport(httpx2.AsyncBaseTransport):
         except OSError as error:
             raise _explain_handshake(error) from error
         except BaseException:
+            connection.abort()  # asyncio would first wait for the server's farewell
             connected.close()
             raise
         session: ssl.SSLObject | None = transport.get_extra_info("ssl_object")

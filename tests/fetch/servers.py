@@ -102,7 +102,7 @@ class Server:
 @asynccontextmanager
 async def serve(script: Script, *, context: ssl.SSLContext | None = None) -> AsyncIterator[Server]:
     """Run the script for every connection; the connection is closed when it returns."""
-    tasks: set[asyncio.Task[None]] = set()
+    tasks: dict[asyncio.Task[None], asyncio.WriteTransport] = {}
 
     async def run(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         server.visits += 1
@@ -116,18 +116,26 @@ async def serve(script: Script, *, context: ssl.SSLContext | None = None) -> Asy
 
     def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.get_running_loop().create_task(run(reader, writer))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
+        tasks[task] = writer.transport
+        task.add_done_callback(tasks.pop)
 
     listening = await asyncio.start_server(connected, "0.0.0.0", 0, ssl=context, backlog=1024, limit=2**20)
     server = Server(listening.sockets[0].getsockname()[1], "https" if context else "http")
     try:
         yield server
     finally:
+        await _let_callbacks_run()  # before closing: asyncio drops a connection accepted meanwhile (Python 3.11)
         listening.close()
-        for task in tasks:
+        for task, transport in list(tasks.items()):
             task.cancel()
+            transport.abort()  # a task that never ran closes nothing
         await asyncio.gather(*tasks, return_exceptions=True)
+        await _let_callbacks_run()
+
+
+async def _let_callbacks_run() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
 
 
 def answering(*answers: bytes) -> Script:
@@ -198,7 +206,9 @@ async def transport_to(
         await resolver.aclose()
 
 
-def asking(url: str, *, method: str = "GET", headers: tuple[tuple[str, str], ...] = (), **limits: float) -> FetchRequest:
+def asking(
+    url: str, *, method: str = "GET", headers: tuple[tuple[str, str], ...] = (), **limits: float
+) -> FetchRequest:
     """Make a request whose limits are wide but for those given."""
     return FetchRequest(url=url, method=method, headers=headers, limits=replace(LIMITS, **limits))  # type: ignore[arg-type]
 

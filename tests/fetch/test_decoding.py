@@ -138,9 +138,9 @@ async def test_many_empty_members_do_not_hold_the_loop() -> None:
     async def watch() -> None:
         nonlocal worst_s
         while True:
-            slept_at = time.monotonic()
+            slept_at = time.thread_time()
             await asyncio.sleep(0)
-            worst_s = max(worst_s, time.monotonic() - slept_at)
+            worst_s = max(worst_s, time.thread_time() - slept_at)
 
     watching = asyncio.create_task(watch())
     assert await decoded(wire, "gzip") == Decoded(b"")

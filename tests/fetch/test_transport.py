@@ -383,6 +383,23 @@ async def test_cancelled_fetches_leak_nothing(count: int) -> None:
         assert transport._idle_count == 0
 
 
+CYCLE_FREE = [page(), page(b"x" * 100_000), b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n"]
+
+
+@pytest.mark.parametrize("answer", CYCLE_FREE)
+async def test_a_fetch_leaves_nothing_to_the_garbage_collector(answer: bytes) -> None:
+    async with talking(always(answer)) as (server, transport):
+        ok(await fetch(asking(server.url()), transport=transport))
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(50):
+                ok(await fetch(asking(server.url()), transport=transport))
+            assert gc.collect() < 50
+        finally:
+            gc.enable()
+
+
 async def test_a_closed_transport_keeps_nothing() -> None:
     async with talking(answering(page(), page())) as (server, transport):
         ok(await fetch(asking(server.url()), transport=transport))
