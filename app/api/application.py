@@ -9,7 +9,7 @@ from app.api import batches, docs, health, jobs, problems
 from app.api.context import Context
 from app.api.intake import Intake
 from app.api.schemas import Bounds
-from app.api.security import Gate, Outermost, host_to_allow
+from app.api.security import Gate, Outermost
 from app.api.waiting import Waits
 from app.fetch.policy import Policy
 from app.jobs.database import Sessions
@@ -60,9 +60,8 @@ def create_app(
         app.include_router(router)
     docs.install(app)
     problems.install(app)
-    hosts = [name for given in (host, *allowed_hosts) for name in host_to_allow(given)]
     # The last one added is the outermost.
-    app.add_middleware(Gate, allowed_hosts=hosts, api_token=api_token)
+    app.add_middleware(Gate, host=host, allowed_hosts=allowed_hosts, api_token=api_token)
     app.add_middleware(Outermost)
     return app
 

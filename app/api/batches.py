@@ -8,12 +8,14 @@ from uuid import UUID
 
 from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.responses import Response, StreamingResponse
 
 from app.api import examples, paging, problems, results
 from app.api.context import Context, Here
-from app.api.problems import Problem, is_unavailable
+from app.api.intake import Submission
+from app.api.problems import Problem, is_conflict, is_unavailable
 from app.api.replies import IfNoneMatch, Representation, reply, reply_json, represent
 from app.api.schemas import (
     BATCH_ID_EXAMPLE,
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 BATCHES_PAGE_MAX = 200
 JOBS_PAGE_MAX = 1_000
 HINT_TIMEOUT_S = 2.0
+COMMIT_TRIES_MAX = 3
 RETRY_AFTER = {"Retry-After": "1"}
 """After how many seconds an unfinished batch is worth another look."""
 
@@ -98,7 +101,12 @@ class ResultsQuery(BaseModel):
     "batch, or, with `on_invalid: skip`, is left out and listed.",
     response_description="The batch is stored; Location says where to look for what comes of it.",
     responses={
-        200: {"model": BatchView, "description": "The batch finished within the preferred wait."},
+        200: {
+            "model": BatchView,
+            "description": "The batch finished within the preferred wait.",
+            "headers": examples.CREATED_HEADERS,
+        },
+        202: {"headers": examples.CREATED_HEADERS},
         **problems.documented(
             problems.INVALID_JSON,
             problems.BODY_TOO_SLOW,
@@ -130,7 +138,10 @@ async def create_batch(request: Request, context: Here, wait_s: WaitAsked) -> Re
     response_model=BatchPage,
     operation_id="listBatches",
     summary="List batches, newest first",
-    responses=problems.documented(problems.INVALID_PARAMETER, problems.INVALID_CURSOR),
+    responses={
+        200: {"headers": examples.PAGE_HEADERS},
+        **problems.documented(problems.INVALID_PARAMETER, problems.INVALID_CURSOR),
+    },
 )
 async def list_batches(context: Here, query: Annotated[BatchesQuery, Query()]) -> Response:
     """Show a page of batches."""
@@ -151,6 +162,7 @@ async def list_batches(context: Here, query: Annotated[BatchesQuery, Query()]) -
     summary="Show a batch and its counts",
     description="Cheap to ask often, whatever the batch's size; cheaper with If-None-Match, or with `Prefer: wait`.",
     responses={
+        200: {"headers": examples.FOLLOW_HEADERS},
         304: {"description": "The batch is still as If-None-Match says."},
         **problems.documented(problems.BATCH_NOT_FOUND, problems.INVALID_PARAMETER),
     },
@@ -174,7 +186,10 @@ async def get_batch(
     response_model=JobPage,
     operation_id="listBatchJobs",
     summary="List a batch's jobs, in the order they were given",
-    responses=problems.documented(problems.BATCH_NOT_FOUND, problems.INVALID_PARAMETER, problems.INVALID_CURSOR),
+    responses={
+        200: {"headers": examples.PAGE_HEADERS},
+        **problems.documented(problems.BATCH_NOT_FOUND, problems.INVALID_PARAMETER, problems.INVALID_CURSOR),
+    },
 )
 async def list_batch_jobs(batch_id: BatchId, context: Here, query: Annotated[JobsQuery, Query()]) -> Response:
     """Show a page of jobs."""
@@ -254,10 +269,20 @@ async def delete_batch(batch_id: BatchId, context: Here) -> Response:
 async def _store(request: Request, context: Context) -> tuple[UUID, Seen]:
     """Commit the batch; what was read of it is let go of on return, before any wait."""
     async with context.intake.submission(request) as submission:
-        async with context.sessions.begin() as session:
-            await queue.enqueue(session, submission.batch, submission.jobs)
-            batch = await _require(session, submission.batch.id)
-        return batch.id, _seen(batch)
+        batch = await _commit(context, submission)
+    return batch.id, _seen(batch)
+
+
+async def _commit(context: Context, submission: Submission) -> reads.Batch:
+    for tries_left in reversed(range(COMMIT_TRIES_MAX)):
+        try:
+            async with context.sessions.begin() as session:
+                await queue.enqueue(session, submission.batch, submission.jobs)
+                return await _require(session, submission.batch.id)
+        except DBAPIError as error:
+            if not is_conflict(error) or tries_left == 0:
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 async def _hint(context: Context) -> None:

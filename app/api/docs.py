@@ -106,6 +106,8 @@ def _polish(document: dict[str, Any]) -> dict[str, Any]:
         for operation in operations.values():
             for parameter in operation.get("parameters", ()):
                 parameter["schema"] = _without_null(parameter["schema"])
+                if parameter["in"] == "path":
+                    parameter["example"] = parameter["schema"]["examples"][0]
     return polished
 
 

@@ -34,6 +34,26 @@ BATCH_REQUEST: dict[str, Any] = {
     }
 }
 
+FOLLOW_HEADERS: dict[str, Any] = {
+    "ETag": {"description": "For If-None-Match.", "schema": {"type": "string"}},
+    "Retry-After": {
+        "description": "After how many seconds to look again; not when the batch is finished.",
+        "schema": {"type": "integer"},
+    },
+    "Preference-Applied": {"description": "The wait that was honoured.", "schema": {"type": "string"}},
+}
+CREATED_HEADERS: dict[str, Any] = {
+    "Location": {"description": "Where the batch is found.", "schema": {"type": "string"}},
+    **FOLLOW_HEADERS,
+}
+PAGE_HEADERS: dict[str, Any] = {
+    "Link": {"description": 'The next page, rel="next"; not on the last.', "schema": {"type": "string"}}
+}
+BODY_HEADERS: dict[str, Any] = {
+    "ETag": {"description": "The SHA-256 of the bytes, quoted.", "schema": {"type": "string"}},
+    "Content-Disposition": {"description": "Always an attachment.", "schema": {"type": "string"}},
+}
+
 RESULT_LINE = (
     f'{{"id":"{JOB_ID_EXAMPLE}","batch_id":"{BATCH_ID_EXAMPLE}","position":0,'
     '"url":"https://example.com/","status":"succeeded","http_status":200}\n'

@@ -297,7 +297,7 @@ def _settings(members: dict[str, Any], bounds: Bounds, faults: list[Fault]) -> B
 def _request_faults(request: BatchOptions | JobRequest, place: tuple[str | int, ...]) -> list[Fault]:
     faults = []
     try:
-        check_method(request.method or "GET")
+        check_method("GET" if request.method is None else request.method)
     except Refused as refused:
         faults.append(Fault(pointer((*place, "method")), refused.code, refused.detail))
     try:

@@ -53,7 +53,7 @@ async def get_job(job_id: JobId, context: Here) -> Response:
     summary="Download the body that came back",
     description="The decoded bytes, always as a download. Content-Type is the response's own where it is well formed.",
     responses={
-        200: {"description": "The bytes; ETag is their SHA-256.", "content": examples.BYTES},
+        200: {"description": "The bytes.", "content": examples.BYTES, "headers": examples.BODY_HEADERS},
         304: {"description": "The bytes are those that If-None-Match says."},
         **problems.documented(
             problems.JOB_NOT_FOUND, problems.BODY_NOT_FOUND, problems.JOB_NOT_FINISHED, problems.INVALID_PARAMETER

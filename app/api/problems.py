@@ -13,11 +13,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from pydantic_core import ErrorDetails
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from app.jobs.database import DATABASE_ERRORS
+from app.jobs.database import DATABASE_ERRORS, is_refused_value
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,12 @@ ERRORS_SHOWN_MAX = 100
 POINTER_PART_CHARS_MAX = 100
 DATABASE_RETRY_AFTER_S = 5
 
-UNAVAILABLE_SQLSTATES = ("08", "53", "57", "55P03", "40001", "40P01", "25006")
-"""Classes and codes by which PostgreSQL says "not now": connection, resources, operator, locks, read-only standby."""
+MISTAKE_SQLSTATES = ("0A", "21", "22", "23", "42")
+"""Classes by which PostgreSQL says that a statement or a value is wrong: a bug of ours. All others say "not now"."""
+
+
+CONFLICT_SQLSTATES = ("40001", "40P01")
+"""Serialization failure and deadlock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,14 +161,16 @@ def install(app: FastAPI) -> None:
 def is_unavailable(error: BaseException) -> bool:
     """Tell a database that cannot answer now from a statement that is wrong.
 
-    What fails while connecting comes as it is; SQLAlchemy calls most of what fails later a plain DBAPIError, and its
-    SQLSTATE decides.
+    SQLAlchemy calls most of what asyncpg raises a plain DBAPIError, so that only the SQLSTATE can decide.
     """
-    if not isinstance(error, DBAPIError):
-        return isinstance(error, DATABASE_ERRORS)
-    if error.connection_invalidated or isinstance(error, OperationalError | InterfaceError):
-        return True
-    return str(getattr(error.orig, "sqlstate", "")).startswith(UNAVAILABLE_SQLSTATES)
+    if not isinstance(error, DATABASE_ERRORS) or is_refused_value(error):
+        return False
+    return not _sqlstate(error).startswith(MISTAKE_SQLSTATES)
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Tell a transaction that met another one, and changed nothing: the same again may well succeed."""
+    return _sqlstate(error) in CONFLICT_SQLSTATES
 
 
 def faults_of(errors: Iterable[ErrorDetails | dict[str, Any]], *, prefix: tuple[str | int, ...] = ()) -> list[Fault]:
@@ -248,6 +254,10 @@ async def _on_database_failure(request: Request, error: Exception) -> Response:
 def _request_id(request: Request) -> str | None:
     request_id: str | None = request.scope.get("state", {}).get("request_id")
     return request_id
+
+
+def _sqlstate(error: BaseException) -> str:
+    return str(getattr(getattr(error, "orig", error), "sqlstate", None) or "")
 
 
 def _first_line(error: Exception) -> str:

@@ -4,11 +4,10 @@ Pure ASGI, so that a response that streams stays a stream. Knows no user but the
 """
 
 import hmac
-import ipaddress
 import logging
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -67,12 +66,13 @@ class Outermost:
 class Gate:
     """Refuses what was not meant for this service, comes from another site's page, or lacks the token.
 
-    `allowed_hosts` are names without port; loopback names always belong to them.
+    `host` is the address listened on, `allowed_hosts` the names the operator gave; loopback names are answered always.
     """
 
-    def __init__(self, app: ASGIApp, *, allowed_hosts: Iterable[str], api_token: str | None) -> None:
+    def __init__(self, app: ASGIApp, *, host: str, allowed_hosts: Iterable[str], api_token: str | None) -> None:
         self.app = app
-        self.named_hosts = frozenset(filter(None, map(_name, allowed_hosts)))
+        self.named_hosts = frozenset(_hosts(allowed_hosts)) - LOOPBACK_HOSTS
+        self.hosts = LOOPBACK_HOSTS | self.named_hosts | frozenset(_hosts([host]))
         self.token = api_token.encode() if api_token is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,7 +90,7 @@ class Gate:
     def _refuse_host(self, headers: Headers) -> Problem | None:
         """A page can make its own name resolve to this machine (DNS rebinding): only known names are answered."""
         values = headers.getlist("host")
-        if len(values) == 1 and _name(values[0]) in LOOPBACK_HOSTS | self.named_hosts:
+        if len(values) == 1 and _name(values[0]) in self.hosts:
             return None
         return Problem(HOST_NOT_ALLOWED)
 
@@ -119,17 +119,6 @@ class Gate:
         return _place(authority, scheme) == _place(host, scheme) or _name(authority) in self.named_hosts
 
 
-def host_to_allow(host: str) -> tuple[str, ...]:
-    """Return the address the service listens on as a Host to answer to; none for a wildcard, which no client means."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return (host,)
-    if address.is_unspecified:
-        return ()
-    return (f"[{address}]",) if address.version == 6 else (str(address),)
-
-
 def _request_id(given: str | None) -> str:
     return given if given is not None and _SANE_ID.fullmatch(given) else uuid.uuid4().hex
 
@@ -139,6 +128,14 @@ def _mark(headers: MutableHeaders, request_id: str, path: str) -> None:
     headers["X-Content-Type-Options"] = "nosniff"
     if not path.startswith(OPEN_PREFIX):
         headers.setdefault("Cache-Control", "no-store")
+
+
+def _hosts(given: Iterable[str]) -> Iterator[str]:
+    """Names and addresses as a Host header has them; a wildcard address is none."""
+    for host in given:
+        name = f"[{host}]" if host.count(":") > 1 and not host.startswith("[") else host
+        if (found := _name(name)) is not None and found not in ("0.0.0.0", "[::]"):
+            yield found
 
 
 def _name(host: str) -> str | None:

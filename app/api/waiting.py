@@ -69,7 +69,6 @@ async def _wait_asked(
             alias="Prefer",
             description="`wait=N`: answer when the batch is finished (with If-None-Match: when it has changed), "
             f"after N seconds at the latest, at most {WAIT_S_MAX} (RFC 7240).",
-            examples=["wait=10"],
         ),
     ] = None,
 ) -> int | None:

@@ -1,0 +1,91 @@
+"""The OpenAPI document: complete, and true to what is answered."""
+
+import json
+import re
+from typing import Any
+
+import httpx2
+import pytest
+from fastapi import FastAPI
+
+from app.outcome import FailureCode
+from tests.api.conftest import AppMaker, calling
+from tests.api.test_read import finish
+from tests.jobs.actors import Client as Reader
+from tests.jobs.actors import Worker
+
+OPERATIONS = {
+    "createBatch", "listBatches", "getBatch", "deleteBatch", "listBatchJobs", "streamBatchResults", "cancelBatch",
+    "getJob", "getJobBody", "getHealth", "getReadiness",
+}  # fmt: skip
+
+
+@pytest.fixture
+def document(app: FastAPI) -> dict[str, Any]:
+    return app.openapi()
+
+
+def operations(document: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    return [(path, method, op) for path, ops in document["paths"].items() for method, op in ops.items()]
+
+
+async def test_every_operation_is_described(document: dict[str, Any]) -> None:
+    assert {operation["operationId"] for _, _, operation in operations(document)} == OPERATIONS
+    for path, _, operation in operations(document):
+        assert operation["summary"], path
+        assert operation["tags"], path
+        successes = [status for status in operation["responses"] if status.startswith("2")]
+        assert successes, path
+        for status, response in operation["responses"].items():
+            assert response["description"], (path, status)
+            if status not in ("204", "304"):
+                for content in response["content"].values():
+                    assert content["schema"], (path, status)
+            if int(status) >= 400:
+                assert list(response["content"]) == ["application/problem+json"], (path, status)
+                assert response["content"]["application/problem+json"]["examples"], (path, status)
+
+
+async def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
+    references = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(document)))
+    assert references == set(document["components"]["schemas"]) | references
+    assert references <= set(document["components"]["schemas"])
+    assert not [name for name in references if name.endswith("View")]
+    assert document["components"]["schemas"]["FailureCode"]["enum"] == list(FailureCode)
+
+
+async def test_the_example_batches_work_as_they_stand(api: httpx2.AsyncClient, document: dict[str, Any]) -> None:
+    content = document["paths"]["/v1/batches"]["post"]["requestBody"]["content"]["application/json"]
+    assert len(content["examples"]) >= 2
+    for example in content["examples"].values():
+        response = await api.post("/v1/batches", json=example["value"])
+        assert response.status_code == 202, response.text
+
+
+async def test_every_example_works_once_there_is_a_finished_batch(
+    api: httpx2.AsyncClient, reader: Reader, worker: Worker
+) -> None:
+    batch_id = await reader.submit("h.example")
+    await finish(worker, reader, batch_id, b"hello")
+    document = (await api.get("/openapi.json")).json()
+    assert str(batch_id) in json.dumps(document)
+    calls = sorted(operations(document), key=lambda call: call[1] == "delete")
+    for path, method, operation in calls:
+        url = path
+        for parameter in operation.get("parameters", ()):
+            if parameter["in"] == "path":
+                url = url.replace("{" + parameter["name"] + "}", parameter["example"])
+        body = None
+        if "requestBody" in operation:
+            body = next(iter(operation["requestBody"]["content"]["application/json"]["examples"].values()))["value"]
+        response = await api.request(method, url, json=body)
+        assert str(response.status_code) in operation["responses"], (method, url)
+        assert response.status_code < 300, (method, url, response.text)
+
+
+async def test_ids_are_not_told_to_those_without_the_token(make_app: AppMaker, reader: Reader) -> None:
+    batch_id = await reader.submit("h.example")
+    async with calling(make_app(api_token="a-token-of-16-or-more")) as api:
+        response = await api.get("/openapi.json")
+    assert str(batch_id) not in response.text
+    assert response.json()["security"] == [{"token": []}]

@@ -1,0 +1,306 @@
+"""Reading batches, jobs, bodies and results, cancelling and deleting."""
+
+import base64
+import json
+from dataclasses import replace
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx2
+import pytest
+from sqlalchemy import text
+
+from app.api import results
+from app.jobs.database import Sessions
+from tests.api.conftest import AppMaker, calling, served
+from tests.jobs.actors import Client as Reader
+from tests.jobs.actors import Worker, failure, success
+
+OPEN_TRANSACTIONS = """
+    SELECT count(*) FROM pg_stat_activity
+    WHERE datname = current_database() AND state LIKE 'idle in transaction%'
+"""
+
+BATCH_VIEW = {
+    "id", "name", "status", "counts", "errors", "http_statuses", "wire_bytes", "body_bytes", "options", "metadata",
+    "skipped", "skipped_total", "created_at", "started_at", "finished_at", "cancel_requested_at", "links",
+}  # fmt: skip
+
+
+async def finish(worker: Worker, reader: Reader, batch_id: UUID, *contents: bytes | None) -> list[UUID]:
+    """Run a batch of one host: each job to the content given, or to a failure; the rest stays queued."""
+    [(lease, jobs)] = (await worker.claim(jobs_per_host=len(contents))).items()
+    outcomes = zip(jobs, contents, strict=True)
+    await worker.record(*(failure(job) if content is None else success(job, content) for job, content in outcomes))
+    await worker.release(lease)
+    await reader.finish(batch_id)
+    return [job.id for job in jobs]
+
+
+async def test_a_batch_shows_what_came_of_it(api: httpx2.AsyncClient, reader: Reader, worker: Worker) -> None:
+    batch_id = await reader.submit("h.example", "h.example")
+    before = await api.get(f"/v1/batches/{batch_id}")
+    assert before.headers["Retry-After"] == "1"
+    await finish(worker, reader, batch_id, b"hello", None)
+    after = await api.get(f"/v1/batches/{batch_id}")
+    view = after.json()
+    assert view.keys() == BATCH_VIEW
+    assert view["status"] == "completed"
+    assert view["counts"] == {"total": 2, "queued": 0, "running": 0, "succeeded": 1, "failed": 1, "cancelled": 0}
+    assert (view["errors"], view["http_statuses"]) == ({"read_timeout": 1}, {"200": 1})
+    assert (view["wire_bytes"], view["body_bytes"]) == (5, 5)
+    assert view["finished_at"].endswith("Z")
+    assert "Retry-After" not in after.headers
+    assert before.headers["ETag"] != after.headers["ETag"]
+
+
+async def test_an_unchanged_batch_is_not_sent_again(api: httpx2.AsyncClient, reader: Reader, worker: Worker) -> None:
+    batch_id = await reader.submit("h.example")
+    etag = (await api.get(f"/v1/batches/{batch_id}")).headers["ETag"]
+    for given in (etag, f"W/{etag}", f'"other", {etag}', "*"):
+        response = await api.get(f"/v1/batches/{batch_id}", headers={"If-None-Match": given})
+        assert (response.status_code, response.content, response.headers["ETag"]) == (304, b"", etag)
+    await finish(worker, reader, batch_id, b"hello")
+    response = await api.get(f"/v1/batches/{batch_id}", headers={"If-None-Match": etag})
+    assert response.status_code == 200
+
+
+async def test_batches_are_listed_newest_first_page_by_page(
+    api: httpx2.AsyncClient, reader: Reader, worker: Worker
+) -> None:
+    given = [str(await reader.submit("h.example")) for _ in range(5)]
+    await finish(worker, reader, UUID(given[2]), b"x", b"x", b"x", b"x", b"x")
+    seen, url = [], "/v1/batches?limit=2"
+    while url:
+        response = await api.get(url)
+        seen += [batch["id"] for batch in response.json()["data"]]
+        link = response.headers.get("Link", "")
+        assert bool(link) == (response.json()["next_cursor"] is not None)
+        url = link.removeprefix("<").partition(">")[0]
+    assert seen == given[::-1]
+    completed = (await api.get("/v1/batches", params={"status": "completed"})).json()
+    assert [batch["id"] for batch in completed["data"]] == [given[2]]
+    assert completed["next_cursor"] is None
+
+
+async def test_jobs_are_listed_in_input_order_page_by_page(
+    api: httpx2.AsyncClient, reader: Reader, worker: Worker
+) -> None:
+    batch_id = await reader.submit(*["b.example", "a.example:81"] * 3)
+    seen, url = [], f"/v1/batches/{batch_id}/jobs?limit=2&status=queued"
+    while url:
+        response = await api.get(url)
+        seen += [job["position"] for job in response.json()["data"]]
+        url = response.headers.get("Link", "").removeprefix("<").partition(">")[0]
+    assert seen == [0, 1, 2, 3, 4, 5]
+
+
+async def test_jobs_are_filtered(api: httpx2.AsyncClient, reader: Reader, worker: Worker) -> None:
+    batch_id = await reader.submit("h.example", "h.example", "h.example")
+    await finish(worker, reader, batch_id, b"x", None)
+
+    async def positions(**where: Any) -> list[int]:
+        response = await api.get(f"/v1/batches/{batch_id}/jobs", params=where)
+        assert response.status_code == 200, response.text
+        return [job["position"] for job in response.json()["data"]]
+
+    assert await positions(status="succeeded") == [0]
+    assert await positions(error="read_timeout") == [1]
+    assert await positions(http_status=200) == [0]
+    assert await positions(host="h.example") == [0, 1, 2]
+    assert await positions(host="other.example") == []
+    assert await positions(status="queued", host="h.example") == [2]
+
+
+async def test_a_job_shows_everything_known(api: httpx2.AsyncClient, reader: Reader, worker: Worker) -> None:
+    batch_id = await reader.submit("h.example")
+    [job_id] = await finish(worker, reader, batch_id, b"hello")
+    view = (await api.get(f"/v1/jobs/{job_id}")).json()
+    assert (view["id"], view["batch_id"], view["position"]) == (str(job_id), str(batch_id), 0)
+    assert (view["status"], view["http_status"], view["attempts"], view["method"]) == ("succeeded", 200, 1, "GET")
+    assert view["response_headers"] == [["Content-Type", "text/plain"]]
+    assert view["evidence"]["body_bytes"] == 5
+    assert [attempt["number"] for attempt in view["attempts_made"]] == [1]
+    assert view["links"]["body"] == f"/v1/jobs/{job_id}/body"
+
+
+async def test_a_body_is_sent_so_that_no_browser_runs_it(
+    api: httpx2.AsyncClient, reader: Reader, worker: Worker
+) -> None:
+    batch_id = await reader.submit("h.example")
+    [job_id] = await finish(worker, reader, batch_id, b"<script>alert(1)</script>")
+    response = await api.get(f"/v1/jobs/{job_id}/body")
+    assert response.content == b"<script>alert(1)</script>"
+    assert response.headers["Content-Type"] == "text/plain"
+    assert response.headers["Content-Disposition"].startswith("attachment")
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    assert response.headers["Content-Security-Policy"] == "sandbox; default-src 'none'"
+    assert response.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+    head = await api.head(f"/v1/jobs/{job_id}/body")
+    assert head.headers["Content-Length"] == "25"
+    again = await api.get(f"/v1/jobs/{job_id}/body", headers={"If-None-Match": response.headers["ETag"]})
+    assert (again.status_code, again.content) == (304, b"")
+
+
+MEDIA_TYPES = {
+    "text/html; charset=utf-8": "text/html; charset=utf-8",
+    "image/svg+xml": "image/svg+xml",
+    "text/html\r\nX-Evil: 1": "application/octet-stream",
+    "text/html; a=b; charset=utf-8": "application/octet-stream",
+    "text": "application/octet-stream",
+    "text/" + "x" * 100: "application/octet-stream",
+    "": "application/octet-stream",
+    "text/pl\u00e4in": "application/octet-stream",
+}
+
+
+async def test_only_a_plain_media_type_is_repeated(api: httpx2.AsyncClient, reader: Reader, worker: Worker) -> None:
+    await reader.submit(*["h.example"] * len(MEDIA_TYPES))
+    [jobs] = (await worker.claim(jobs_per_host=100)).values()
+    for job, (stored, sent) in zip(jobs, MEDIA_TYPES.items(), strict=True):
+        evidence = json.dumps({"headers": [["content-type", stored]], "body_bytes": 5})
+        await worker.record(replace(success(job), evidence=evidence))
+        response = await api.get(f"/v1/jobs/{job.id}/body")
+        assert response.headers.get_list("Content-Type") == [sent]
+        assert "X-Evil" not in response.headers
+
+
+async def test_a_missing_body_says_why(api: httpx2.AsyncClient, reader: Reader, worker: Worker) -> None:
+    batch_id = await reader.submit("h.example", "h.example")
+    [failed] = await finish(worker, reader, batch_id, None)
+    queued = (await reader.jobs(batch_id, status="queued"))[0].id
+    for job_id, status, code in (
+        (failed, 404, "body_not_found"),
+        (queued, 409, "job_not_finished"),
+        (uuid4(), 404, "job_not_found"),
+    ):
+        response = await api.get(f"/v1/jobs/{job_id}/body")
+        assert (response.status_code, response.json()["code"]) == (status, code)
+
+
+async def test_results_are_a_line_for_each_finished_job(
+    api: httpx2.AsyncClient, reader: Reader, worker: Worker
+) -> None:
+    batch_id = await reader.submit(*["h.example"] * 4)
+    await finish(worker, reader, batch_id, 'caf\u00e9 \U0001f600\0"\\\n'.encode(), b"\xff\x00", None)
+    plain = await api.get(f"/v1/batches/{batch_id}/results")
+    assert plain.headers["Content-Type"] == "application/x-ndjson"
+    lines = [json.loads(line) for line in plain.text.splitlines()]
+    assert [(line["position"], line["status"]) for line in lines] == [(0, "succeeded"), (1, "succeeded"), (2, "failed")]
+    assert "body_text" not in lines[0]
+    full = await api.get(f"/v1/batches/{batch_id}/results", params={"include": "body"})
+    textual, binary, none = [json.loads(line) for line in full.text.split("\n")[:-1]]
+    assert (textual["body_text"], textual["body_base64"]) == ('caf\u00e9 \U0001f600\0"\\\n', None)
+    assert (binary["body_text"], base64.b64decode(binary["body_base64"])) == (None, b"\xff\x00")
+    assert (none["body_text"], none["body_base64"]) == (None, None)
+    assert {name for name in textual if not name.startswith("body_")} == lines[0].keys() - {"body_sha256", "body_bytes"}
+
+
+async def test_results_go_on_over_pages_and_pieces(
+    api: httpx2.AsyncClient, reader: Reader, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("PAGE_JOBS", 3), ("TEXT_PIECE_CHARS", 7), ("BASE64_PIECE_BYTES", 6)):
+        monkeypatch.setattr(results, name, value)
+    contents = [f"page {number} \U0001f600 \u00e9".encode() * 5 for number in range(6)] + [b"\xff" * 100]
+    batch_id = await reader.submit(*["h.example"] * 7)
+    await finish(worker, reader, batch_id, *contents)
+    response = await api.get(f"/v1/batches/{batch_id}/results?include=body")
+    lines = [json.loads(line) for line in response.text.split("\n")[:-1]]
+    assert [line["body_text"] for line in lines[:6]] == [content.decode() for content in contents[:6]]
+    assert base64.b64decode(lines[6]["body_base64"]) == contents[6]
+
+
+async def test_no_transaction_is_open_while_results_are_sent(
+    make_app: AppMaker, reader: Reader, worker: Worker, sessions: Sessions
+) -> None:
+    batch_id = await reader.submit("h.example")
+    # More than the buffers between the two sockets take: the server stays in the middle of the line.
+    await finish(worker, reader, batch_id, b"\xff" * 30_000_000)
+    path = f"/v1/batches/{batch_id}/results?include=body"
+    async with served(make_app()) as url, httpx2.AsyncClient(base_url=url) as api, api.stream("GET", path) as response:
+        await anext(response.aiter_raw(1000))
+        async with sessions.begin() as session:
+            open_count = await session.scalar(text(OPEN_TRANSACTIONS))
+    assert open_count == 0
+
+
+async def test_cancelling_is_asked_for_once_and_shown(api: httpx2.AsyncClient, reader: Reader) -> None:
+    batch_id = await reader.submit("h.example")
+    first = await api.post(f"/v1/batches/{batch_id}/cancel")
+    second = await api.post(f"/v1/batches/{batch_id}/cancel")
+    assert (first.status_code, second.status_code) == (202, 202)
+    assert first.json()["cancel_requested_at"] == second.json()["cancel_requested_at"] is not None
+
+
+async def test_a_finished_batch_stays_as_it_is_when_cancelled(
+    api: httpx2.AsyncClient, reader: Reader, worker: Worker
+) -> None:
+    batch_id = await reader.submit("h.example")
+    await finish(worker, reader, batch_id, b"x")
+    response = await api.post(f"/v1/batches/{batch_id}/cancel")
+    assert (response.json()["status"], response.json()["cancel_requested_at"]) == ("completed", None)
+
+
+async def test_a_deleted_batch_is_gone(api: httpx2.AsyncClient, reader: Reader, worker: Worker) -> None:
+    batch_id = await reader.submit("h.example")
+    refused = await api.delete(f"/v1/batches/{batch_id}")
+    assert (refused.status_code, refused.json()["code"]) == (409, "batch_not_finished")
+    assert "cancel it" in refused.json()["detail"]
+    [job_id] = await finish(worker, reader, batch_id, b"x")
+    assert (await api.delete(f"/v1/batches/{batch_id}")).status_code == 204
+    for path in (
+        f"/v1/batches/{batch_id}",
+        f"/v1/batches/{batch_id}/jobs",
+        f"/v1/batches/{batch_id}/results",
+        f"/v1/jobs/{job_id}",
+        f"/v1/jobs/{job_id}/body",
+    ):
+        assert (await api.get(path)).status_code == 404, path
+    assert (await api.delete(f"/v1/batches/{batch_id}")).status_code == 404
+    assert (await api.post(f"/v1/batches/{batch_id}/cancel")).status_code == 404
+    assert (await api.get("/v1/batches")).json()["data"] == []
+
+
+async def test_ids_that_are_none_and_ids_of_nothing(api: httpx2.AsyncClient) -> None:
+    for path in ("/v1/batches/x", "/v1/jobs/x", "/v1/jobs/%00/body"):
+        response = await api.get(path)
+        assert (response.status_code, response.json()["code"]) == (422, "invalid_parameter"), path
+    for path in (f"/v1/batches/{uuid4()}", f"/v1/jobs/{uuid4()}"):
+        assert (await api.get(path)).status_code == 404
+
+
+WRONG_QUERIES = (
+    "limit=0", "limit=1001", "limit=x", "limit=", "status=done", "error=none", "http_status=99", "http_status=1e3",
+    "host=%00", "host=", "host=" + "x" * 301, "cursor=%00", "cursor=!", "cursor=" + "A" * 65, "colour=red",
+)  # fmt: skip
+
+
+async def test_wrong_parameters_are_named(api: httpx2.AsyncClient, reader: Reader) -> None:
+    batch_id = await reader.submit("h.example")
+    for query in WRONG_QUERIES:
+        response = await api.get(f"/v1/batches/{batch_id}/jobs?{query}")
+        assert (response.status_code, response.json()["code"]) == (422, "invalid_parameter"), query
+        assert response.json()["errors"][0]["pointer"] == "/query/" + query.partition("=")[0]
+
+
+async def test_foreign_cursors_are_refused(api: httpx2.AsyncClient, reader: Reader) -> None:
+    batch_id = await reader.submit("h.example", "h.example")
+    await reader.submit("h.example")
+    of_jobs = (await api.get(f"/v1/batches/{batch_id}/jobs?limit=1")).json()["next_cursor"]
+    of_batches = (await api.get("/v1/batches?limit=1")).json()["next_cursor"]
+    for path in (
+        f"/v1/batches?cursor={of_jobs}",
+        f"/v1/batches/{batch_id}/jobs?cursor={of_batches}",
+        "/v1/batches?cursor=A",
+        "/v1/batches?cursor=AAAA",
+        f"/v1/batches/{batch_id}/jobs?cursor=av____8",
+    ):
+        response = await api.get(path)
+        assert (response.status_code, response.json()["code"]) == (422, "invalid_cursor"), path
+
+
+async def test_secrets_of_options_are_not_shown(make_app: AppMaker, reader: Reader) -> None:
+    batch_id = await reader.submit("h.example", options={"headers": [["Authorization", "CANARY"]]})
+    async with calling(make_app()) as api:
+        for path in ("/v1/batches", f"/v1/batches/{batch_id}", f"/v1/batches/{batch_id}/jobs"):
+            assert "CANARY" not in (await api.get(path)).text

@@ -1,0 +1,143 @@
+"""Long polls: they end when there is news, when time is up, when the client leaves, and when the service stops."""
+
+import asyncio
+import time
+from uuid import UUID
+
+import httpx2
+from fastapi import FastAPI
+
+from app.api.application import stop_waiting
+from app.api.context import Context
+from app.api.waiting import Waits
+from tests.api.conftest import AppMaker, calling, served
+from tests.jobs.actors import Client as Reader
+from tests.jobs.actors import Worker, success
+
+
+def waits_of(app: FastAPI) -> Waits:
+    context: Context = app.state.context
+    return context.waits
+
+
+async def until_waiting(app: FastAPI, count: int = 1) -> None:
+    async with asyncio.timeout(10):
+        while waits_of(app).waiter_count != count:
+            await asyncio.sleep(0.01)
+
+
+async def run(worker: Worker, reader: Reader, batch_id: UUID) -> None:
+    [[job]] = (await worker.claim()).values()
+    await worker.record(success(job))
+    await reader.finish(batch_id)
+
+
+async def test_a_wait_ends_with_the_batch(
+    app: FastAPI, api: httpx2.AsyncClient, reader: Reader, worker: Worker
+) -> None:
+    batch_id = await reader.submit("h.example")
+    waiting = asyncio.create_task(api.get(f"/v1/batches/{batch_id}", headers={"Prefer": "wait=30"}))
+    await until_waiting(app)
+    await run(worker, reader, batch_id)
+    async with asyncio.timeout(10):
+        response = await waiting
+    assert response.json()["status"] == "completed"
+    assert response.headers["Preference-Applied"] == "wait=30"
+
+
+async def test_with_an_etag_a_wait_ends_with_any_change(app: FastAPI, api: httpx2.AsyncClient, reader: Reader) -> None:
+    batch_id = await reader.submit("h.example")
+    etag = (await api.get(f"/v1/batches/{batch_id}")).headers["ETag"]
+    headers = {"Prefer": "wait=30", "If-None-Match": etag}
+    waiting = asyncio.create_task(api.get(f"/v1/batches/{batch_id}", headers=headers))
+    await until_waiting(app)
+    await reader.cancel(batch_id)
+    async with asyncio.timeout(10):
+        response = await waiting
+    assert response.status_code == 200
+    assert response.json()["cancel_requested_at"] is not None
+
+
+async def test_a_wait_without_news_ends_in_time(api: httpx2.AsyncClient, reader: Reader) -> None:
+    batch_id = await reader.submit("h.example")
+    etag = (await api.get(f"/v1/batches/{batch_id}")).headers["ETag"]
+    begun = time.monotonic()
+    same = await api.get(f"/v1/batches/{batch_id}", headers={"Prefer": "wait=1", "If-None-Match": etag})
+    assert 0.9 < time.monotonic() - begun < 5
+    assert (same.status_code, same.headers["Retry-After"]) == (304, "1")
+
+
+async def test_a_finished_batch_is_not_waited_for(api: httpx2.AsyncClient, reader: Reader, worker: Worker) -> None:
+    batch_id = await reader.submit("h.example")
+    await run(worker, reader, batch_id)
+    begun = time.monotonic()
+    first = await api.get(f"/v1/batches/{batch_id}", headers={"Prefer": "wait=60"})
+    headers = {"Prefer": "wait=60", "If-None-Match": first.headers["ETag"]}
+    assert (await api.get(f"/v1/batches/{batch_id}", headers=headers)).status_code == 304
+    assert time.monotonic() - begun < 5
+
+
+async def test_other_preferences_are_ignored(api: httpx2.AsyncClient, reader: Reader) -> None:
+    batch_id = await reader.submit("h.example")
+    for prefer in ("respond-async", "wait=", "wait=-1", "wait=x", "wait=1.5", "waiting=5", "", ",,;"):
+        response = await api.get(f"/v1/batches/{batch_id}", headers={"Prefer": prefer})
+        assert response.status_code == 200
+        assert "Preference-Applied" not in response.headers
+
+
+async def test_a_wait_is_at_most_a_minute(api: httpx2.AsyncClient, reader: Reader, worker: Worker) -> None:
+    batch_id = await reader.submit("h.example")
+    await run(worker, reader, batch_id)
+    response = await api.get(f"/v1/batches/{batch_id}", headers={"Prefer": 'foo; wait=2, WAIT="99999"'})
+    assert response.headers["Preference-Applied"] == "wait=60"
+
+
+async def test_beyond_the_limit_of_waiters_the_answer_comes_at_once(make_app: AppMaker, reader: Reader) -> None:
+    app = make_app()
+    waits_of(app).waiters_max = 1
+    batch_id = await reader.submit("h.example")
+    async with calling(app) as api:
+        waiting = asyncio.create_task(api.get(f"/v1/batches/{batch_id}", headers={"Prefer": "wait=30"}))
+        await until_waiting(app)
+        async with asyncio.timeout(10):
+            assert (await api.get(f"/v1/batches/{batch_id}", headers={"Prefer": "wait=30"})).status_code == 200
+            stop_waiting(app)
+            assert (await waiting).status_code == 200
+
+
+async def test_a_client_that_leaves_ends_its_wait(make_app: AppMaker, reader: Reader) -> None:
+    app = make_app()
+    batch_id = await reader.submit("h.example")
+    async with served(app) as url:
+        async with httpx2.AsyncClient(base_url=url) as client:
+            waiting = asyncio.create_task(client.get(f"/v1/batches/{batch_id}", headers={"Prefer": "wait=60"}))
+            await until_waiting(app)
+            waiting.cancel()
+        await until_waiting(app, 0)
+
+
+async def test_a_service_that_stops_answers_its_waits(make_app: AppMaker, reader: Reader) -> None:
+    app = make_app()
+    batch_id = await reader.submit("h.example")
+    async with httpx2.AsyncClient() as client, asyncio.timeout(10):
+        async with served(app) as url:
+            waiting = asyncio.create_task(
+                client.get(f"{url}/v1/batches/{batch_id}", headers={"Prefer": "wait=60"}, timeout=60)
+            )
+            await until_waiting(app)
+        assert (await waiting).status_code == 200
+
+
+async def test_waiting_holds_no_connection(make_app: AppMaker, reader: Reader) -> None:
+    app = make_app()
+    batch_id = await reader.submit("h.example")
+    async with calling(app) as api:
+        # Twice as many as there are connections; each of them must be able to look.
+        waiting = [
+            asyncio.create_task(api.get(f"/v1/batches/{batch_id}", headers={"Prefer": "wait=30"})) for _ in range(20)
+        ]
+        await until_waiting(app, 20)
+        async with asyncio.timeout(5):
+            assert (await api.get(f"/v1/batches/{batch_id}")).status_code == 200
+        stop_waiting(app)
+        assert {response.status_code for response in await asyncio.gather(*waiting)} == {200}
