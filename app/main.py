@@ -138,7 +138,11 @@ def _make_api(settings: Settings, sessions: Sessions, port: int) -> FastAPI:
         timeout_s_max=settings.timeout_s_max,
         wire_bytes_max=settings.wire_bytes_max,
         body_bytes_max=settings.body_bytes_max,
+        header_bytes_max=settings.header_bytes_max,
+        header_count_max=settings.header_count_max,
         redirects_max=settings.redirects_max,
+        informational_max=settings.informational_max,
+        encodings_max=settings.encodings_max,
     )
 
 

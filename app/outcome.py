@@ -3,12 +3,13 @@
 Deliberately knows nothing of HTTP libraries, of jobs or of the database: every folder may import it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 
 class FailureCode(StrEnum):
-    """The closed vocabulary of failures; `RETRYABLE` says which of them another attempt may cure."""
+    """The closed vocabulary of failures: `MEANINGS` explains them, `RETRYABLE` says which another attempt may cure."""
 
     INVALID_URL = "invalid_url"
     SCHEME_NOT_ALLOWED = "scheme_not_allowed"
@@ -81,11 +82,67 @@ RETRYABLE = frozenset(
         FailureCode.WORKER_CRASHED,
         FailureCode.SHUTDOWN_INTERRUPTED,
         FailureCode.STORAGE_ERROR,
+        FailureCode.INTERNAL_ERROR,
     }
 )
 """Codes another attempt may cure. `http_status` is judged by its status, see `RETRYABLE_STATUSES`."""
 
 RETRYABLE_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+MEANINGS: Mapping[FailureCode, str] = {
+    FailureCode.INVALID_URL: "The URL cannot be read: control characters, a backslash, too long, no host.",
+    FailureCode.SCHEME_NOT_ALLOWED: "Neither http nor https, also by way of a redirect.",
+    FailureCode.USERINFO_NOT_ALLOWED: "The URL carries a user name or password.",
+    FailureCode.HOST_INVALID: "The host is no canonical name or address.",
+    FailureCode.HOST_BLOCKED: "The host is a local or reserved name.",
+    FailureCode.PORT_NOT_ALLOWED: "The port is zero, or belongs to another protocol or to infrastructure.",
+    FailureCode.METHOD_NOT_ALLOWED: "A method this service does not send.",
+    FailureCode.HEADER_NOT_ALLOWED: "A hop-by-hop, framing, Host or metadata header.",
+    FailureCode.HEADER_INVALID: "A header with a bad name, a line end, NUL or non-ASCII; or too many of them.",
+    FailureCode.ADDRESS_BLOCKED: "The address, an answer of the name servers or a redirect leads off the public internet.",
+    FailureCode.SELF_REQUEST_BLOCKED: "The URL leads to this service itself.",
+    FailureCode.DNS_NOT_FOUND: "The host name does not exist.",
+    FailureCode.DNS_NO_ADDRESS: "The host name has no address.",
+    FailureCode.DNS_TIMEOUT: "The host name was not resolved in time.",
+    FailureCode.DNS_FAILURE: "The name servers failed or refused to answer.",
+    FailureCode.CONNECT_REFUSED: "The server refused the connection.",
+    FailureCode.CONNECT_TIMEOUT: "TCP or TLS did not stand in time.",
+    FailureCode.CONNECT_UNREACHABLE: "There is no route to the server.",
+    FailureCode.TLS_CERT_EXPIRED: "The server's certificate has expired.",
+    FailureCode.TLS_CERT_NOT_YET_VALID: "The server's certificate is not valid yet.",
+    FailureCode.TLS_HOSTNAME_MISMATCH: "The server's certificate is for another name.",
+    FailureCode.TLS_UNTRUSTED: "The server's certificate is not signed by a trusted authority.",
+    FailureCode.TLS_HANDSHAKE_FAILED: "TLS failed: protocol, cipher, or a server that speaks plain HTTP.",
+    FailureCode.FIRST_BYTE_TIMEOUT: "No byte of a response came within the read timeout.",
+    FailureCode.READ_TIMEOUT: "The response fell silent.",
+    FailureCode.WRITE_TIMEOUT: "The server did not read the request.",
+    FailureCode.DEADLINE_EXCEEDED: "The total time of the attempt was used up.",
+    FailureCode.EMPTY_RESPONSE: "The connection closed before a status line.",
+    FailureCode.CONNECTION_RESET: "The server reset the connection.",
+    FailureCode.BODY_TRUNCATED: "Fewer bytes came than announced, or a compressed body was cut.",
+    FailureCode.PROTOCOL_ERROR: "The response is not valid HTTP.",
+    FailureCode.HEADERS_TOO_LARGE: "The response head or trailer is larger than the limit.",
+    FailureCode.TOO_MANY_HEADERS: "The response has more header fields than the limit.",
+    FailureCode.TOO_MANY_INFORMATIONAL: "The server sent more preliminary (1xx) answers than the limit.",
+    FailureCode.UPGRADE_NOT_SUPPORTED: "The server switched to another protocol (101).",
+    FailureCode.BODY_TOO_LARGE: "The body on the wire is larger than the limit.",
+    FailureCode.DECOMPRESSED_TOO_LARGE: "The decoded body is larger than the limit.",
+    FailureCode.DECODE_ERROR: "The body is not what its Content-Encoding says.",
+    FailureCode.CONTENT_ENCODING_NOT_SUPPORTED: "The body has a content coding that was not asked for.",
+    FailureCode.TOO_MANY_ENCODINGS: "The body has more content codings than the limit.",
+    FailureCode.TOO_MANY_REDIRECTS: "There were more redirects than the limit.",
+    FailureCode.REDIRECT_INVALID: "A redirect with a bad Location, or that asks to repeat an unsafe request elsewhere.",
+    FailureCode.HTTP_STATUS: "The final status is not one of `accept_statuses`.",
+    FailureCode.CANCELLED: "The client cancelled the batch.",
+    FailureCode.EXPIRED: "The job's own deadline passed before it finished.",
+    FailureCode.LEASE_LOST: "The worker was not heard of any more; the attempt was closed for it.",
+    FailureCode.WORKER_CRASHED: "The worker ended while the job ran.",
+    FailureCode.POISONED: "The job was running each time that workers ended: three leases in a row.",
+    FailureCode.SHUTDOWN_INTERRUPTED: "The service stopped while the job ran; the attempt is not charged.",
+    FailureCode.STORAGE_ERROR: "The result could not be stored.",
+    FailureCode.INTERNAL_ERROR: "A fault of this service; its log says more.",
+}
+"""One sentence on each code, for the API's documentation."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,7 +178,7 @@ class Settings(BaseSettings):
     redirects_max: int = Field(default=10, ge=0, le=50, description="Most redirects followed.")
     informational_max: int = Field(default=16, ge=0, le=1000, description="Most 1xx responses before the final one.")
     encodings_max: int = Field(default=3, ge=0, le=10, description="Most content codings of one response.")
-    decoders: int = Field(default=8, ge=1, le=1000, description="Bodies a worker decompresses at once.")
+    decoders: int = Field(default=2, ge=1, le=1000, description="Bodies a worker decompresses at once.")
 
     # The log
     log_level: Literal["debug", "info", "warning", "error"] = Field(

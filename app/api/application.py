@@ -28,7 +28,11 @@ def create_app(
     timeout_s_max: float,
     wire_bytes_max: int,
     body_bytes_max: int,
+    header_bytes_max: int,
+    header_count_max: int,
     redirects_max: int,
+    informational_max: int,
+    encodings_max: int,
 ) -> FastAPI:
     """Make the ASGI application; `host` is the address it listens on, the rest are the operator's settings.
 
@@ -40,7 +44,11 @@ def create_app(
         timeout_s_max=timeout_s_max,
         wire_bytes_max=wire_bytes_max,
         body_bytes_max=body_bytes_max,
+        header_bytes_max=header_bytes_max,
+        header_count_max=header_count_max,
         redirects_max=redirects_max,
+        informational_max=informational_max,
+        encodings_max=encodings_max,
     )
     app = FastAPI(
         title="Fetchpool",

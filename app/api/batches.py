@@ -2,11 +2,11 @@
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, assert_never
 from uuid import UUID
 
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Header, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -30,6 +30,7 @@ from app.api.schemas import (
 )
 from app.api.waiting import WaitAsked, applied
 from app.jobs import batches, queue, reads
+from app.jobs.values import NewBatch
 from app.outcome import FailureCode
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,16 @@ RETRY_AFTER = {"Retry-After": "1"}
 """After how many seconds an unfinished batch is worth another look."""
 
 router = APIRouter(prefix="/v1/batches", tags=["Batches"], responses=problems.documented(*problems.EVERYWHERE))
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        pattern=r"^[!-~]{1,255}$",
+        description="A name of your own for this request, best a UUID: sent again within 24 hours, with the same body, "
+        "it stores nothing and is answered as the first time.",
+    ),
+]
 
 BatchId = Annotated[UUID, Path(description="The batch's id.", examples=[BATCH_ID_EXAMPLE])]
 
@@ -114,15 +125,19 @@ class ResultsQuery(BaseModel):
             problems.MEDIA_TYPE_NOT_SUPPORTED,
             problems.INVALID_REQUEST,
             problems.TOO_MANY_JOBS,
+            problems.IDEMPOTENCY_KEY_IN_USE,
+            problems.IDEMPOTENCY_KEY_REUSED,
             problems.BUSY,
             problems.DATABASE_UNAVAILABLE,
         ),
     },
     openapi_extra=examples.BATCH_REQUEST,
 )
-async def create_batch(request: Request, context: Here, wait_s: WaitAsked) -> Response:
+async def create_batch(
+    request: Request, context: Here, wait_s: WaitAsked, idempotency_key: IdempotencyKey = None
+) -> Response:
     """Take a batch in, store it, and only then answer."""
-    batch_id, stored = await _store(request, context)
+    batch_id, stored = await _store(request, context, idempotency_key)
     await _hint(context)
     headers = {"Location": f"/v1/batches/{batch_id}"}
     if wait_s is None:
@@ -266,23 +281,64 @@ async def delete_batch(batch_id: BatchId, context: Here) -> Response:
             assert_never(outcome)
 
 
-async def _store(request: Request, context: Context) -> tuple[UUID, Seen]:
+async def _store(request: Request, context: Context, key: str | None) -> tuple[UUID, Seen]:
     """Commit the batch; what was read of it is let go of on return, before any wait."""
     async with context.intake.submission(request) as submission:
-        batch = await _commit(context, submission)
+        batch = await _commit(context, submission, key)
     return batch.id, _seen(batch)
 
 
-async def _commit(context: Context, submission: Submission) -> reads.Batch:
+async def _commit(context: Context, submission: Submission, key: str | None) -> reads.Batch:
+    new = replace(submission.batch, idempotency_key=key, request_sha256=submission.body_sha256 if key else None)
     for tries_left in reversed(range(COMMIT_TRIES_MAX)):
         try:
             async with context.sessions.begin() as session:
-                await queue.enqueue(session, submission.batch, submission.jobs)
-                return await _require(session, submission.batch.id)
+                if (first := await _first_of_key(session, new)) is not None:
+                    return first
+                await queue.enqueue(session, new, submission.jobs)
+                return await _require(session, new.id)
         except DBAPIError as error:
             if not is_conflict(error) or tries_left == 0:
                 raise
     raise AssertionError("the last try returns or raises")
+
+
+async def _first_of_key(session: AsyncSession, new: NewBatch) -> reads.Batch | None:
+    """Return the batch that this Idempotency-Key made before, as it was first answered; keep others off the key.
+
+    The key is stored with its batch, in one transaction: should the service die in between, there is neither.
+    """
+    if new.idempotency_key is None:
+        return None
+    if not await batches.lock_key(session, new.idempotency_key):
+        raise Problem(problems.IDEMPOTENCY_KEY_IN_USE, headers=RETRY_AFTER)
+    found = await batches.find_by_key(session, new.idempotency_key)
+    if found is None:
+        return None
+    batch_id, request_sha256 = found
+    if request_sha256 != new.request_sha256:
+        raise Problem(problems.IDEMPOTENCY_KEY_REUSED)
+    return _as_accepted(await _require(session, batch_id))
+
+
+def _as_accepted(batch: reads.Batch) -> reads.Batch:
+    """Show a batch as it was before anything ran."""
+    total = batch.counts.total
+    if total == 0:
+        return batch
+    counts = reads.Counts(total=total, queued=total, running=0, succeeded=0, failed=0, cancelled=0)
+    return replace(
+        batch,
+        status="queued",
+        counts=counts,
+        errors={},
+        http_statuses={},
+        wire_bytes=0,
+        body_bytes=0,
+        started_at=None,
+        finished_at=None,
+        cancel_requested_at=None,
+    )
 
 
 async def _hint(context: Context) -> None:

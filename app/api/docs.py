@@ -18,6 +18,7 @@ from app.api.context import Context
 from app.api.problems import ProblemView
 from app.api.schemas import BATCH_ID_EXAMPLE, JOB_ID_EXAMPLE, BatchRequest, ResultView
 from app.jobs import reads
+from app.outcome import MEANINGS, RETRYABLE, RETRYABLE_STATUSES, FailureCode
 
 STATIC = Path(__file__).parent / "static"
 
@@ -43,7 +44,7 @@ politely and safely, and you **poll** the batch, or stream its results.
 3. `GET .../results` streams every result, `GET .../jobs` pages through them, `GET /v1/jobs/{id}/body` has the bytes.
 
 Errors are `application/problem+json` (RFC 9457) with a stable `code`; ids are UUIDs, times are UTC. A job fails with
-one of a closed set of codes, listed at `error` of a job.
+one of a closed set of codes; the schema `FailureCode` says what each means and whether it is tried again.
 """
 
 TAGS = [
@@ -76,6 +77,7 @@ def describe(app: FastAPI) -> dict[str, Any]:
         )
         components = document["components"]
         components["schemas"] = {**components["schemas"], **_further_schemas()}
+        components["schemas"]["FailureCode"]["description"] = _vocabulary()
         components["securitySchemes"] = {TOKEN_SCHEME: {"type": "http", "scheme": "bearer"}}
         document["security"] = [{}, {TOKEN_SCHEME: []}] if context.is_open else [{TOKEN_SCHEME: []}]
         app.openapi_schema = _polish(document)
@@ -90,6 +92,20 @@ def _further_schemas() -> dict[str, Any]:
     )
     found: dict[str, Any] = schemas["$defs"]
     return found
+
+
+def _vocabulary() -> str:
+    """Write the closed set of failure codes down as a table: what each means, and whether it is tried again."""
+    rows = (f"| `{code}` | {_retried(code)} | {meaning} |" for code, meaning in MEANINGS.items())
+    return "\n".join(
+        ("Why a job failed, or an attempt of it.\n", "| code | retryable | meaning |", "|---|---|---|", *rows)
+    )
+
+
+def _retried(code: FailureCode) -> str:
+    if code is FailureCode.HTTP_STATUS:
+        return ", ".join(map(str, sorted(RETRYABLE_STATUSES)))
+    return "yes" if code in RETRYABLE else "no"
 
 
 def _polish(document: dict[str, Any]) -> dict[str, Any]:

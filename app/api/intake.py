@@ -5,6 +5,7 @@ Stores nothing and resolves no name: where a URL's name leads is checked when it
 
 import asyncio
 import gc
+import hashlib
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -61,6 +62,7 @@ class Submission:
     batch: NewBatch
     jobs: list[NewJob]
     is_large: bool
+    body_sha256: bytes
 
 
 class Intake:
@@ -130,7 +132,7 @@ def check(body: bytes | bytearray, policy: Policy, bounds: Bounds) -> Submission
     is_large = len(body) > LARGE_BODY_BYTES
     entries = Entries(policy, bounds, is_large=is_large, look_for_unstorable=may_be_unstorable(text))
     try:
-        return _submission(text, entries)
+        return _submission(text, entries, body_sha256=hashlib.sha256(body).digest())
     except BaseException:
         if is_large:
             gc.unfreeze()
@@ -145,7 +147,7 @@ def forget(submission: Submission) -> None:
         gc.unfreeze()
 
 
-def _submission(text: str, entries: "Entries") -> Submission:
+def _submission(text: str, entries: "Entries", *, body_sha256: bytes) -> Submission:
     members = read_object(text, lists={"urls": entries.add_url, "jobs": entries.add_job})
     lists = {name: members.pop(name, None) for name in ("urls", "jobs")}
     faults = _list_faults(lists)
@@ -156,7 +158,7 @@ def _submission(text: str, entries: "Entries") -> Submission:
         faults, fault_count = [*faults, *entries.faults], fault_count + entries.fault_count
     if settings is None or faults:
         raise Problem(INVALID_REQUEST, faults=faults, fault_count=fault_count)
-    return Submission(_new_batch(settings, entries), entries.jobs, entries.is_large)
+    return Submission(_new_batch(settings, entries), entries.jobs, entries.is_large, body_sha256)
 
 
 @dataclass(slots=True)

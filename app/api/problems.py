@@ -73,6 +73,14 @@ NOT_FOUND = Kind("not_found", 404, "There is nothing at this path; see /docs.")
 METHOD_NOT_ALLOWED = Kind(
     "method_not_allowed", 405, "This path does not take this method; see the Allow header and /docs."
 )
+IDEMPOTENCY_KEY_IN_USE = Kind(
+    "idempotency_key_in_use", 409, "A request with this Idempotency-Key is under way; send this one again later."
+)
+IDEMPOTENCY_KEY_REUSED = Kind(
+    "idempotency_key_reused",
+    422,
+    "This Idempotency-Key was sent with another body in the last 24 hours; use a new key for a new batch.",
+)
 BUSY = Kind("busy", 503, "Too many large batches are being taken in; send this one again later.")
 DATABASE_UNAVAILABLE = Kind("database_unavailable", 503, "The database does not answer; try again later.")
 INTERNAL_ERROR = Kind(

@@ -43,7 +43,11 @@ class Bounds:
     timeout_s_max: float
     wire_bytes_max: int
     body_bytes_max: int
+    header_bytes_max: int
+    header_count_max: int
     redirects_max: int
+    informational_max: int
+    encodings_max: int
 
 
 # Requests
@@ -111,8 +115,20 @@ class BatchOptions(Strict):
     body_bytes_max: Annotated[int, Field(ge=1), _within("body_bytes_max")] | None = Field(
         default=None, description="Largest decoded body, in bytes."
     )
+    header_bytes_max: Annotated[int, Field(ge=1), _within("header_bytes_max")] | None = Field(
+        default=None, description="Largest header block of a response, in bytes."
+    )
+    header_count_max: Annotated[int, Field(ge=0), _within("header_count_max")] | None = Field(
+        default=None, description="Most header fields of a response."
+    )
     redirects_max: Annotated[int, Field(ge=0), _within("redirects_max")] | None = Field(
         default=None, description="Most redirects followed."
+    )
+    informational_max: Annotated[int, Field(ge=0), _within("informational_max")] | None = Field(
+        default=None, description="Most 1xx responses before the final one."
+    )
+    encodings_max: Annotated[int, Field(ge=0), _within("encodings_max")] | None = Field(
+        default=None, description="Most content codings of one response."
     )
     follow_redirects: bool | None = Field(
         default=None, description="Whether redirects are followed; if not, a 3xx is the response. Default: true."

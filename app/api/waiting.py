@@ -13,9 +13,10 @@ from starlette.requests import Request
 
 WAIT_S_MAX = 60
 WAITERS_MAX = 200
-LOOK_S_FIRST = 0.02
+LOOK_S_MIN = 0.02
 LOOK_S_MAX = 0.5
-LOOK_GROWTH = 1.5
+LOOK_SHARE = 0.05
+"""The pause between two looks grows with the time waited already, of which it wastes at most this share."""
 
 _WAIT = re.compile(r"wait\s*=\s*\"?(\d{1,9})\"?", re.IGNORECASE)
 
@@ -97,12 +98,13 @@ async def _look_again(
     ends: Sequence[asyncio.Task[object]],
 ) -> T:
     loop = asyncio.get_running_loop()
-    until, interval_s = loop.time() + wait_s, LOOK_S_FIRST
-    while not done(seen) and (left_s := until - loop.time()) > 0:
+    began = loop.time()
+    while not done(seen) and (left_s := began + wait_s - loop.time()) > 0:
+        interval_s = min(LOOK_S_MAX, LOOK_S_MIN + LOOK_SHARE * (loop.time() - began))
         ended, _ = await asyncio.wait(ends, timeout=min(interval_s, left_s), return_when=asyncio.FIRST_COMPLETED)
         if ended:
             break
-        seen, interval_s = await look(), min(interval_s * LOOK_GROWTH, LOOK_S_MAX)
+        seen = await look()
     return seen
 
 

@@ -21,6 +21,9 @@ OVERHEAD_RATIO_MAX = 16
 """... and this many more for each byte of body: one-byte chunks need 5."""
 
 BODILESS = frozenset({204, 304})
+_LINE_THAT_MAY_HOLD_NUL = re.compile(
+    rb"(?<=\r\n)(?!(?:content-length|transfer-encoding)[ \t]*:)[^\r\n:\0]+:[^\r\n]*", re.IGNORECASE
+)
 _LENGTH_LINE = re.compile(rb"\r\ncontent-length[ \t]*:[ \t]*([^\r\n]*?)[ \t]*(?=\r\n)", re.IGNORECASE)
 
 
@@ -124,6 +127,8 @@ def refuse_prologue(start: bytes | bytearray) -> None:
 
 def parse(head: bytes, *, method: str, limits: Limits) -> Head:
     """Read a complete head, blank line included. Raise `Failed` where it is not one, or beyond the limits."""
+    if b"\0" in head:
+        head = _without_nul(head)
     if head.count(b"\r\n") - 2 > limits.header_count_max:
         raise Failed(
             FailureCode.TOO_MANY_HEADERS, f"The response has more than {limits.header_count_max} header fields."
@@ -156,6 +161,11 @@ def _fields(head: bytes) -> list[tuple[bytes, bytes]]:
     """Split a head that llhttp passed: no folded lines, no bare line ends. A third of the cost of its callbacks."""
     lines = (line.partition(b":") for line in head.split(b"\r\n")[1:-2])
     return [(name, value.strip(b" \t")) for name, _, value in lines]
+
+
+def _without_nul(head: bytes) -> bytes:
+    """Make a space of each NUL in a field's value (RFC 9110, 5.5); elsewhere, and where it could frame, llhttp refuses."""
+    return _LINE_THAT_MAY_HOLD_NUL.sub(lambda line: line[0].replace(b"\0", b" "), head)
 
 
 def _collapse_lengths(head: bytes) -> bytes | None:

@@ -186,7 +186,7 @@ class Transport(httpx2.AsyncBaseTransport):
         resolver: Resolver,
         user_agent: str,
         ca_file: Path | None = None,
-        decoders: int = 8,
+        decoders: int = 2,
         idle_max: int = IDLE_MAX,
         idle_per_host_max: int = IDLE_PER_HOST_MAX,
         idle_s: float = IDLE_S,

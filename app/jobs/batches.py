@@ -54,7 +54,12 @@ async def start(session: AsyncSession, ids: Collection[UUID]) -> dict[UUID, dict
 LOCK_TALLIES = text("""
     SELECT shard FROM tally WHERE batch_id = :id ORDER BY shard FOR UPDATE
 """)
-CANCEL_TALLIES = text("UPDATE tally SET cancel_requested = true WHERE batch_id = :id AND NOT cancel_requested")
+CANCEL_TALLIES = text("""
+    UPDATE tally SET cancel_requested = true
+    WHERE batch_id = :id AND NOT cancel_requested AND EXISTS (
+        SELECT 1 FROM batch WHERE batch.id = :id AND finished_at IS NULL
+    )
+""")
 CANCEL = text("""
     UPDATE batch SET cancel_requested_at = now()
     WHERE id = :id AND finished_at IS NULL AND cancel_requested_at IS NULL
@@ -176,6 +181,8 @@ ERASE_BODIES = text("""
     )
 """)
 
+HAS_JOBS = text("SELECT true FROM job WHERE batch_id = :batch_id LIMIT 1")
+
 ERASE_REST = (
     text("DELETE FROM histogram WHERE batch_id = :batch_id"),
     text("DELETE FROM tally WHERE batch_id = :batch_id"),
@@ -186,12 +193,14 @@ ERASE_REST = (
 async def erase(session: AsyncSession, batch_id: UUID, *, limit: int) -> int:
     """Erase up to `limit` jobs of a deleted batch with the bodies no other job has; return how many.
 
-    When none was left, the batch itself is erased.
+    When none was left, the batch itself is erased. Of two that do this at once, one finds nothing of what it looked
+    for, though there may be more: it leaves the rest to the other, or to the next round.
     """
     rows = (await session.execute(ERASE_JOBS, {"batch_id": batch_id, "limit": limit})).all()
     if not rows:
-        for statement in ERASE_REST:
-            await session.execute(statement, {"batch_id": batch_id})
+        if not await session.scalar(HAS_JOBS, {"batch_id": batch_id}):
+            for statement in ERASE_REST:
+                await session.execute(statement, {"batch_id": batch_id})
         return 0
     if bodies := sorted({(row.shard, row.body_sha256) for row in rows if row.body_sha256 is not None}):
         keys = {"shards": [shard for shard, _ in bodies], "sha256s": [sha256 for _, sha256 in bodies]}

@@ -15,8 +15,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.jobs.values import Lease
 
+# Something runs on a host that nobody leases when the commit of a refill was not confirmed: its worker never knew.
 LOCK_DUE_HOSTS = text("""
-    SELECT shard, host, lease, back_offs, owner IS NOT NULL AS was_lost FROM host
+    SELECT shard, host, lease, back_offs, not_before > now() AS is_resting, owner IS NOT NULL OR EXISTS (
+        SELECT 1 FROM job WHERE job.status = 'running' AND job.shard = host.shard AND job.host = host.host
+    ) AS was_lost FROM host
     WHERE next_at <= now() AND next_at < 'infinity'
     ORDER BY next_at LIMIT :hosts_max FOR UPDATE SKIP LOCKED
 """)
@@ -143,6 +146,7 @@ BACK_OFF = text("""
         JOIN unnest(CAST(:shards AS smallint[]), CAST(:hosts AS text[]), CAST(:leases AS bigint[]),
             CAST(:delays_s AS float8[]), CAST(:back_offs AS int[])) AS b(shard, host, lease, delay_s, back_offs)
         ON host.shard = b.shard AND host.host = b.host AND host.lease = b.lease
+        WHERE host.owner IS NOT NULL
         ORDER BY host.shard, host.host FOR UPDATE OF host
     )
     UPDATE host SET back_offs = held.back_offs, not_before = CASE WHEN held.back_offs = 0 THEN '-infinity'

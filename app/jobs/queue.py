@@ -12,6 +12,7 @@ from typing import Any
 from uuid import UUID
 
 from sqlalchemy import text
+from sqlalchemy.engine import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.jobs import leases, tallies
@@ -20,11 +21,11 @@ from app.jobs.leases import WAITING_BATCHES
 from app.jobs.tallies import Change, HistogramKey
 from app.jobs.values import ClaimedJob, Lease, NewBatch, NewJob, Recorded, Result
 
-INSERT_ROWS_MAX = 2_500
+INSERT_ROWS_MAX = 1_000
 """Rows of one INSERT: enough to be fast, few enough not to hold an event loop for long."""
 
 BATCHES_PER_TURN_MAX = 100
-"""Batches of one host among which a claim shares its jobs out; older ones first."""
+"""Batches of one host with jobs due among which a claim shares these out; older ones first."""
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -129,19 +130,26 @@ def _json(value: Any) -> str | None:
     return None if value is None else json.dumps(value, separators=(",", ":"))
 
 
+# Found once by the claim's index, then by place (ctid): looked up by key, the planner went by way of that index again
+# and read all of the host's jobs for each. A row that somebody moves meanwhile is passed over, like a locked one.
 TAKE_JOBS = text(f"""
     WITH turn AS MATERIALIZED (
         SELECT * FROM unnest(
             CAST(:shards AS smallint[]), CAST(:hosts AS text[]), CAST(:leases AS bigint[]), CAST(:wanted AS int[])
         ) AS t(shard, host, lease, wanted)
     ), picked AS MATERIALIZED (
-        SELECT turn.shard, due.id, turn.lease
+        SELECT due.place, turn.lease
         FROM turn CROSS JOIN LATERAL (
-            SELECT due.id
-            FROM ({WAITING_BATCHES} LIMIT {BATCHES_PER_TURN_MAX}) AS sharing
+            SELECT due.place
+            FROM (
+                SELECT batch_id FROM ({WAITING_BATCHES}) AS waits WHERE EXISTS (
+                    SELECT 1 FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
+                        AND job.batch_id = waits.batch_id AND run_at <= now()
+                ) LIMIT {BATCHES_PER_TURN_MAX}
+            ) AS sharing
             CROSS JOIN LATERAL (
-                SELECT id, row_number() OVER (ORDER BY run_at) AS number FROM (
-                    SELECT id, run_at FROM job
+                SELECT place, row_number() OVER (ORDER BY run_at) AS number FROM (
+                    SELECT ctid AS place, run_at FROM job
                     WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
                         AND batch_id = sharing.batch_id AND run_at <= now()
                     ORDER BY run_at LIMIT turn.wanted
@@ -151,12 +159,12 @@ TAKE_JOBS = text(f"""
         ) AS due
         LIMIT :jobs_max
     ), locked AS MATERIALIZED (
-        SELECT job.shard, job.id, picked.lease FROM job JOIN picked ON job.shard = picked.shard AND job.id = picked.id
+        SELECT job.ctid AS place, picked.lease FROM job JOIN picked ON job.ctid = picked.place
         WHERE job.status = 'queued'
         ORDER BY job.shard, job.id FOR UPDATE OF job SKIP LOCKED
     )
     UPDATE job SET status = 'running', attempt = attempt + 1, lease = locked.lease, started_at = now()
-    FROM locked WHERE job.shard = locked.shard AND job.id = locked.id AND job.status = 'queued'
+    FROM locked WHERE job.ctid = locked.place AND job.status = 'queued'
     RETURNING job.shard, job.id, job.batch_id, job.host, job.url, job.request, job.repeatable, job.attempt, job.lost,
         job.crashes, job.lease
 """)
@@ -167,25 +175,31 @@ async def claim(
 ) -> dict[Lease, list[ClaimedJob]]:
     """Lease due hosts, the longest waiting first, and mark up to `jobs_max` of their jobs running.
 
-    A host with nothing to run now is parked until its next retry, or for good; one that found no room stays due.
+    A host with nothing to run now is parked until its next retry, or for good; one that found no room stays due. A
+    host that rests is not claimed, though its lease was lost: back-offs outlive the worker that met them.
     """
     rows = await leases.lock_due(session, hosts_max=hosts_max)
     if not rows:
         return {}
-    if lost := [(row.shard, row.host) for row in rows if row.was_lost]:
-        await rescue(session, lost)
+    rescued = await _rescue(session, [(row.shard, row.host) for row in rows if row.was_lost])
     offered = {
         (row.shard, row.host): Lease(shard=row.shard, host=row.host, number=row.lease + 1, back_offs=row.back_offs)
         for row in rows
+        if not row.is_resting
     }
     jobs = await _take(session, [(lease, jobs_per_host) for lease in offered.values()], jobs_max=jobs_max)
+    await _count(session, rescued, taken=jobs)
     claimed: dict[Lease, list[ClaimedJob]] = defaultdict(list)
     for job in jobs:
         claimed[offered[job.shard, job.host]].append(job)
     had_room = len(jobs) < jobs_max
-    idle = [key for key, lease in offered.items() if lease not in claimed] if had_room else []
+    left = [
+        (row.shard, row.host)
+        for row in rows
+        if offered.get((row.shard, row.host)) not in claimed and (had_room or row.is_resting or row.was_lost)
+    ]
     await leases.lease(session, owner, list(claimed), lease_s=lease_s)
-    await leases.rest(session, dict.fromkeys(idle, 0.0))
+    await leases.rest(session, dict.fromkeys(left, 0.0))
     return claimed
 
 
@@ -195,10 +209,14 @@ async def refill(
     """Take more jobs of hosts that `owner` holds, at most the wanted number of each, in the same lease."""
     held = await leases.lock_held(session, owner, [lease for lease, _ in wanted])
     still = [(lease, count) for lease, count in wanted if (lease.shard, lease.host) in held]
-    return await _take(session, still, jobs_max=jobs_max) if still else []
+    jobs = await _take(session, still, jobs_max=jobs_max)
+    await _count(session, (), taken=jobs)
+    return jobs
 
 
 async def _take(session: AsyncSession, wanted: Sequence[tuple[Lease, int]], *, jobs_max: int) -> list[ClaimedJob]:
+    if not wanted:
+        return []
     result = await session.execute(
         TAKE_JOBS,
         {
@@ -209,9 +227,7 @@ async def _take(session: AsyncSession, wanted: Sequence[tuple[Lease, int]], *, j
             "jobs_max": jobs_max,
         },
     )
-    jobs = [ClaimedJob(**{**row._mapping, "request": row.request or {}}) for row in result]
-    await _count_moves(session, ((job.shard, job.batch_id) for job in jobs), leaving="queued", entering="running")
-    return jobs
+    return [ClaimedJob(**{**row._mapping, "request": row.request or {}}) for row in result]
 
 
 async def _count_moves(session: AsyncSession, keys: Iterable[tallies.Key], *, leaving: str, entering: str) -> set[UUID]:
@@ -221,6 +237,8 @@ async def _count_moves(session: AsyncSession, keys: Iterable[tallies.Key], *, le
     return await tallies.change(session, changes)
 
 
+# The status it leaves is that of the locked row: named on `job` itself, it would lead the planner to `job_running`,
+# which is by host, instead of to the key.
 RECORD_JOBS = text("""
     WITH result AS MATERIALIZED (
         SELECT * FROM unnest(
@@ -243,8 +261,7 @@ RECORD_JOBS = text("""
             error = locked.error, error_detail = locked.detail, http_status = locked.http_status,
             evidence = CAST(locked.evidence AS jsonb), body_sha256 = locked.sha256
         FROM locked
-        WHERE job.shard = locked.shard AND job.id = locked.id AND job.status = 'running'
-            AND job.lease = locked.lease AND job.attempt = locked.attempt
+        WHERE job.shard = locked.shard AND job.id = locked.id AND locked.left_status = 'running'
         RETURNING job.shard, job.id, job.attempt, job.status, job.started_at, job.error, job.error_detail,
             job.http_status, job.evidence
     ), earlier AS (
@@ -252,9 +269,9 @@ RECORD_JOBS = text("""
         SELECT shard, id, attempt, started_at, now(), error, error_detail, http_status, evidence
         FROM recorded WHERE status = 'queued'
     )
-    SELECT locked.shard, locked.id, recorded.id IS NOT NULL AS is_new
-    FROM locked LEFT JOIN recorded ON recorded.shard = locked.shard AND recorded.id = locked.id
-    WHERE recorded.id IS NOT NULL OR locked.left_status <> 'running'
+    SELECT shard, id, true AS is_new FROM recorded
+    UNION ALL
+    SELECT shard, id, false FROM locked WHERE left_status <> 'running'
 """)
 
 # The update of a row that is there already locks it, so that no erasure can take the body away under this transaction.
@@ -340,7 +357,8 @@ def _histogram_keys(result: Result) -> Iterator[HistogramKey]:
 GIVE_BACK = text("""
     WITH mine AS MATERIALIZED (
         SELECT job.shard, job.id,
-            job.status = 'running' AND job.lease = mine.lease AND job.attempt = mine.attempt AS is_held
+            job.status = 'running' AND job.lease = mine.lease AND job.attempt = mine.attempt AS is_held,
+            job.lease IS DISTINCT FROM mine.lease AS was_rescued
         FROM job
         JOIN unnest(CAST(:shards AS smallint[]), CAST(:ids AS uuid[]), CAST(:leases AS bigint[]),
             CAST(:attempts AS smallint[])) AS mine(shard, id, lease, attempt)
@@ -348,7 +366,7 @@ GIVE_BACK = text("""
         ORDER BY job.shard, job.id FOR UPDATE OF job
     ), cleared AS (
         UPDATE job SET crashes = crashes - 1
-        FROM mine WHERE job.shard = mine.shard AND job.id = mine.id AND NOT mine.is_held AND job.crashes > 0
+        FROM mine WHERE job.shard = mine.shard AND job.id = mine.id AND mine.was_rescued AND job.crashes > 0
     )
     UPDATE job SET status = 'queued', lost = lost + 1, alone = false
     FROM mine WHERE job.shard = mine.shard AND job.id = mine.id AND mine.is_held AND job.status = 'running'
@@ -372,7 +390,7 @@ RESCUE = text("""
         ORDER BY job.shard, job.id FOR UPDATE OF job
     )
     UPDATE job SET
-        lost = lost + 1, crashes = crashes + 1, alone = false,
+        lost = lost + 1, crashes = crashes + 1, alone = false, lease = NULL,
         status = CASE WHEN stranded.error IS NULL THEN 'queued' ELSE 'failed' END,
         finished_at = CASE WHEN stranded.error IS NULL THEN NULL ELSE now() END,
         error = stranded.error,
@@ -432,23 +450,26 @@ async def rescue(session: AsyncSession, hosts: Sequence[tuple[int, str]]) -> Non
 
     A job whose request must not be repeated fails instead: it may have been sent. So does a suspect that ran alone.
     """
-    rows = (
-        await session.execute(
-            RESCUE,
-            {
-                "shards": [shard for shard, _ in hosts],
-                "hosts": [host for _, host in hosts],
-                "poisoned": POISONED_DETAIL,
-                "crashed": CRASHED_DETAIL,
-            },
-        )
-    ).all()
+    await _count(session, await _rescue(session, hosts), taken=())
+
+
+async def _rescue(session: AsyncSession, hosts: Sequence[tuple[int, str]]) -> Sequence[Row[Any]]:
+    if not hosts:
+        return ()
+    values = {"shards": [shard for shard, _ in hosts], "hosts": [host for _, host in hosts]}
+    return (await session.execute(RESCUE, {**values, "poisoned": POISONED_DETAIL, "crashed": CRASHED_DETAIL})).all()
+
+
+async def _count(session: AsyncSession, rescued: Sequence[Row[Any]], *, taken: Sequence[ClaimedJob]) -> None:
+    """Count what a claim did, in one change: of two in a row, the second would lock tallies out of order."""
     changes: dict[tallies.Key, Change] = defaultdict(Change)
     outcomes: Counter[HistogramKey] = Counter()
-    for row in rows:
+    for row in rescued:
         changes[row.shard, row.batch_id].move("running", row.status)
         if row.status == "failed":
             outcomes[row.shard, row.batch_id, "error", row.error] += 1
+    for job in taken:
+        changes[job.shard, job.batch_id].move("queued", "running")
     await tallies.change(session, changes)
     await tallies.count_outcomes(session, outcomes)
 

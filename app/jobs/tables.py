@@ -33,6 +33,9 @@ metadata = MetaData(
     }
 )
 
+HOST_NAME = Text(collation="C")
+"""Sorted by bytes whatever the database's locale, as Python sorts: the order in which hosts are locked is one."""
+
 HOT_ROWS = {"fillfactor": "50", "autovacuum_vacuum_scale_factor": "0.02", "autovacuum_vacuum_cost_delay": "1"}
 """For tables whose rows change again and again: room for the next version, and a vacuum that keeps up."""
 
@@ -83,7 +86,7 @@ host = Table(
     "host",
     metadata,
     Column("shard", SmallInteger, nullable=False),
-    Column("host", Text, nullable=False),
+    Column("host", HOST_NAME, nullable=False),
     # when it may next be claimed: due time, or end of the lease; infinity: parked
     _time("next_at", nullable=False),
     # back-off, kept apart from the due time so that an enqueue cannot shorten it
@@ -105,7 +108,7 @@ job = Table(
     Column("id", Uuid, nullable=False),
     Column("batch_id", Uuid, nullable=False),
     Column("position", Integer, nullable=False),
-    Column("host", Text, nullable=False),
+    Column("host", HOST_NAME, nullable=False),
     Column("url", Text, nullable=False),
     Column("request", JSONB),
     Column("custom_id", Text),

@@ -26,7 +26,12 @@ BEAT = text("""
     ON CONFLICT (id) DO UPDATE SET beat_at = now(), running = excluded.running
 """)
 
-FORGET = text("DELETE FROM worker WHERE beat_at < now() - make_interval(secs => :after_s)")
+# Passes over one that beats just now: after an hour's sleep of the machine, two would wait for each other's row.
+FORGET = text("""
+    DELETE FROM worker WHERE id IN (
+        SELECT id FROM worker WHERE beat_at < now() - make_interval(secs => :after_s) FOR UPDATE SKIP LOCKED
+    )
+""")
 
 LEAVE = text("DELETE FROM worker WHERE id = :id")
 

@@ -37,6 +37,18 @@ def cancelled(job: ClaimedJob) -> Result:
     return Result(job=job, status="cancelled", error=FailureCode.CANCELLED)
 
 
+def interrupted(job: ClaimedJob, *, is_lease_lost: bool) -> Result:
+    """The result of a fetch that this worker had to cut off and that must not be repeated: it may have been sent."""
+    why = "its lease on the host was lost" if is_lease_lost else "it was told to stop"
+    return Result(
+        job=job,
+        status="failed",
+        error=FailureCode.LEASE_LOST if is_lease_lost else FailureCode.SHUTDOWN_INTERRUPTED,
+        error_detail=f"The worker cut this request off, which may have been sent, because {why}. "
+        "Set the option retry_unsafe to have such methods sent again.",
+    )
+
+
 def broken(job: ClaimedJob) -> Result:
     """The result of an attempt that a bug of ours ended; the log has the traceback under the job's id."""
     return Result(

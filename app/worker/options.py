@@ -16,7 +16,11 @@ LIMIT_OPTIONS = {
     "read_timeout_s": "read_timeout_s",
     "wire_bytes_max": "wire_bytes_max",
     "body_bytes_max": "body_bytes_max",
+    "header_bytes_max": "header_bytes_max",
+    "header_count_max": "header_count_max",
     "redirects_max": "redirects_max",
+    "informational_max": "informational_max",
+    "encodings_max": "encodings_max",
 }
 """Options of a batch or job, and the limits of a fetch they set."""
 

@@ -462,8 +462,10 @@ class Pool:
         """This worker cancelled the fetch: for the client, because the lease is lost, or at the end of the grace."""
         if job.batch_id in self._cancelled:
             self._offer(hold, attempt.cancelled(job))
-        else:
+        elif job.repeatable:
             self._return(hold, [job])
+        else:
+            self._offer(hold, attempt.interrupted(job, is_lease_lost=hold.is_lost))
 
     def _note_host(self, hold: Hold, outcome: Outcome, started_at: float) -> None:
         delay_s = retry.back_off_s(outcome, back_offs=hold.back_offs)

@@ -27,7 +27,11 @@ DEFAULTS: dict[str, Any] = {
     "timeout_s_max": 300.0,
     "wire_bytes_max": 2**24,
     "body_bytes_max": 2**24,
+    "header_bytes_max": 2**17,
+    "header_count_max": 256,
     "redirects_max": 10,
+    "informational_max": 16,
+    "encodings_max": 3,
 }
 
 AppMaker = Callable[..., FastAPI]

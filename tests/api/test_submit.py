@@ -301,7 +301,11 @@ def test_the_shared_header_cases_are_judged_as_they_say() -> None:
         timeout_s_max=300,
         wire_bytes_max=1,
         body_bytes_max=1,
+        header_bytes_max=1,
+        header_count_max=1,
         redirects_max=1,
+        informational_max=1,
+        encodings_max=1,
     )
     with (CASES / "headers.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
