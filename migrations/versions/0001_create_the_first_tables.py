@@ -96,7 +96,7 @@ def upgrade() -> None:
     op.create_table(
         "host",
         sa.Column("shard", sa.SmallInteger(), nullable=False),
-        sa.Column("host", sa.Text(), nullable=False),
+        sa.Column("host", sa.Text(collation="C"), nullable=False),
         sa.Column("next_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("not_before", sa.DateTime(timezone=True), server_default=sa.text("'-infinity'"), nullable=False),
         sa.Column("lease", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
@@ -117,7 +117,7 @@ def upgrade() -> None:
         sa.Column("id", sa.Uuid(), nullable=False),
         sa.Column("batch_id", sa.Uuid(), nullable=False),
         sa.Column("position", sa.Integer(), nullable=False),
-        sa.Column("host", sa.Text(), nullable=False),
+        sa.Column("host", sa.Text(collation="C"), nullable=False),
         sa.Column("url", sa.Text(), nullable=False),
         sa.Column("request", postgresql.JSONB(astext_type=sa.Text()), nullable=True),
         sa.Column("custom_id", sa.Text(), nullable=True),
