@@ -16,9 +16,13 @@ from sqlalchemy.pool import NullPool
 
 CONNECT_TIMEOUT_S = 5.0
 POOL_TIMEOUT_S = 5.0
-STATEMENT_TIMEOUT_S = 30.0
+STATEMENT_TIMEOUT_S = 15.0
+COMMAND_TIMEOUT_S = STATEMENT_TIMEOUT_S + 5.0
+"""The driver's own, for a server that does not answer at all."""
 LOCK_TIMEOUT_S = 10.0
-IDLE_IN_TRANSACTION_TIMEOUT_S = 30.0
+IDLE_IN_TRANSACTION_TIMEOUT_S = 5.0
+"""No transaction waits for anything but PostgreSQL: one that stands still belongs to a process frozen or cut off. Every
+claim passes over the hosts it has locked until this ends it (with 30 s they waited 30 s, whatever the lease)."""
 POSTGRESQL_VERSION_MIN = 15
 WAKE_CHANNEL = "fetchpool_jobs"
 MIGRATION_LOCK = 7_306_080_214
@@ -40,6 +44,12 @@ def is_refused_value(error: BaseException) -> bool:
     """Say whether PostgreSQL or its driver refused a value or a row: trying the same again is no use."""
     state = str(getattr(getattr(error, "orig", error), "sqlstate", None) or "")
     return state[:2] in ("22", "23") or isinstance(getattr(error, "__cause__", None), asyncpg.DataError)
+
+
+def reason(error: BaseException) -> str:
+    """Say in one line why PostgreSQL could not do it, without the statement: an outage must not fill the log."""
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
 
 
 def make_engine(url: str, *, pgbouncer: bool = False, pool_size: int = 5) -> AsyncEngine:
@@ -116,16 +126,14 @@ async def _require_version(connection: AsyncConnection) -> None:
 
 
 def _advice(error: BaseException) -> str:
-    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-    reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-    return f"PostgreSQL at DATABASE_URL cannot be used: {reason}. Check that it runs and that the URL is right."
+    return f"PostgreSQL at DATABASE_URL cannot be used: {reason(error)}. Check that it runs and that the URL is right."
 
 
 def _connection(url: str, *, pgbouncer: bool) -> tuple[URL, dict[str, Any]]:
     """Translate a libpq-style URL to what SQLAlchemy's asyncpg dialect takes."""
     address = make_url(url)
     query = dict(address.query)
-    arguments: dict[str, Any] = {"timeout": CONNECT_TIMEOUT_S}
+    arguments: dict[str, Any] = {"timeout": CONNECT_TIMEOUT_S, "command_timeout": COMMAND_TIMEOUT_S}
     if (sslmode := query.pop("sslmode", None)) is not None:
         arguments["ssl"] = sslmode
     if pgbouncer:

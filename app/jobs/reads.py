@@ -18,6 +18,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.jobs import bodies
 from app.jobs.ids import shard_of_job
 
+CONTENT_TYPE_CHARS_MAX = 255
+"""A stranger wrote it; the response's headers show all of it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
@@ -287,7 +290,9 @@ def _job_fields(row: Row[Any]) -> dict[str, Any]:
 
 
 def _content_type(evidence: dict[str, Any]) -> str | None:
-    return next((value for name, value in evidence.get("headers") or () if name.lower() == "content-type"), None)
+    values = (value for name, value in evidence.get("headers") or () if name.lower() == "content-type")
+    value: str | None = next(values, None)
+    return None if value is None else value[:CONTENT_TYPE_CHARS_MAX]
 
 
 def _header_names(row: Row[Any]) -> list[str]:

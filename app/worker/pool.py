@@ -17,7 +17,7 @@ from uuid import UUID
 
 from app.fetch.limits import Limits
 from app.fetch.transport import Transport
-from app.jobs import batches, leases, queue, workers
+from app.jobs import batches, database, leases, queue, workers
 from app.jobs.database import DATABASE_ERRORS, Sessions
 from app.jobs.ids import shard_of_host
 from app.jobs.leases import BackOff
@@ -26,7 +26,6 @@ from app.jobs.workers import Identity
 from app.outcome import Outcome, Response
 from app.worker import attempt, options, retry
 from app.worker.holds import STOP_BEFORE_S, Hold, Places, Seat
-from app.worker.options import JobOptions
 from app.worker.recorder import Recorder
 
 POLL_S = 1.0
@@ -37,7 +36,7 @@ CLAIM_PAUSE_S = 0.02
 ASK_CANCELLED_S = 1.0
 BEAT_S = 10.0
 FAILED_PAUSE_S = 1.0
-DRAIN_LAST_S = 10.0
+DRAIN_LAST_S = 5.0
 """After the grace, how long to try to put jobs and hosts back into a database that does not answer."""
 AHEAD_PER_SLOT_MAX = 4
 """Jobs claimed at hosts that are held, for each slot; so one more for each slot is the most a worker ever has."""
@@ -88,11 +87,12 @@ class Pool:
     async def run(self) -> None:
         """Work until drained. Raises what only a bug raises: the process should then end and be started anew."""
         async with asyncio.TaskGroup() as group:
-            recording = group.create_task(self._recorder.run())
+            beside = [group.create_task(self._recorder.run()), group.create_task(self._watch_leases())]
             while not self._is_drained():
                 await self._step_or_wait_for_database()
                 await self._pause()
-            recording.cancel()
+            for task in beside:
+                task.cancel()
         with suppress(*DATABASE_ERRORS):
             await self._in_transaction(workers.leave, self._identity)
 
@@ -113,11 +113,12 @@ class Pool:
         self.drain(grace_s=0.0)
 
     async def _step_or_wait_for_database(self) -> None:
+        if self._drain_by is not None:
+            self._empty(self._drain_by)
         try:
-            self._stop_expired()
             await self._step()
         except DATABASE_ERRORS as error:
-            logger.warning("The pool waits for the database: %s", error)
+            logger.warning("The pool waits for the database: %s", database.reason(error))
             await asyncio.sleep(FAILED_PAUSE_S * random.uniform(0.5, 1.5))
 
     async def _step(self) -> None:
@@ -125,8 +126,6 @@ class Pool:
         await self._renew()
         await self._drop_cancelled()
         await self._beat()
-        if self._drain_by is not None:
-            self._empty(self._drain_by)
         await self._give_back()
         await self._release()
         if self._drain_by is None:
@@ -143,6 +142,8 @@ class Pool:
             pause_s = min(pause_s, self._may_claim_at - now)
         if self._drain_by is not None and now < self._drain_by:
             pause_s = min(pause_s, self._drain_by - now)
+        if self._holds:
+            pause_s = min(pause_s, self._renewed_at + self._settings.lease_s / 3 - now)
         with suppress(TimeoutError):
             async with asyncio.timeout(max(pause_s, PAUSE_S_MIN)):
                 await self._woken.wait()
@@ -175,6 +176,12 @@ class Pool:
                 hold.ends_at = now + self._settings.lease_s
             else:
                 self._lose(hold)
+
+    async def _watch_leases(self) -> None:
+        """Stop what runs on an ending lease even while the loop waits for a database that does not answer."""
+        while True:
+            await asyncio.sleep(self._margin_s / 2)
+            self._stop_expired()
 
     def _stop_expired(self) -> None:
         now = time.monotonic()
@@ -257,6 +264,8 @@ class Pool:
             delay_s=self._settings.host_delay_s,
             back_offs=lease.back_offs,
         )
+        if (expired := self._holds.get((lease.shard, lease.host))) is not None:
+            self._lose(expired)
         self._holds[lease.shard, lease.host] = hold
         return hold
 
@@ -412,8 +421,7 @@ class Pool:
         self._running_count += 1
         hold.note_start(now)
         seat = Seat(self._places, hold.host)
-        asked = options.for_job(job, self._options[job.batch_id], self._settings.limits)
-        task = asyncio.create_task(self._run_job(hold, job, asked, seat))
+        task = asyncio.create_task(self._run_job(hold, job, self._options[job.batch_id], seat))
         hold.running[task] = job
         task.add_done_callback(lambda task: self._end_job(hold, seat, task))
 
@@ -426,7 +434,10 @@ class Pool:
             self._suspect = None
             self._make_ready(hold)
             return
-        if await self._in_transaction(queue.run_alone, hold.waiting[0]) and self._places.try_enter(hold.host):
+        if not await self._in_transaction(queue.run_alone, hold.waiting[0]):
+            hold.waiting.popleft()
+            self._waiting_count -= 1
+        elif self._places.try_enter(hold.host):
             self._start_job(hold, time.monotonic())
 
     def _resume(self, hold: Hold) -> None:
@@ -434,8 +445,9 @@ class Pool:
         self._make_ready(hold)
         self._start_ready()
 
-    async def _run_job(self, hold: Hold, job: ClaimedJob, asked: JobOptions, seat: Seat) -> None:
+    async def _run_job(self, hold: Hold, job: ClaimedJob, batch_options: dict[str, Any], seat: Seat) -> None:
         started_at = time.monotonic()
+        asked = options.for_job(job, batch_options, self._settings.limits)
         outcome, result = await attempt.run(job, asked, transport=self._transport, move=seat.move)
         self._note_host(hold, outcome, started_at)
         self._offer(hold, result)

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from app.jobs import batches, leases, queue
+from app.jobs import batches, database, leases, queue
 from app.jobs.database import DATABASE_ERRORS, Sessions, is_refused_value
 from app.jobs.leases import BackOff
 from app.jobs.values import Result
@@ -71,25 +71,36 @@ class Recorder:
         except DATABASE_ERRORS as error:
             if is_refused_value(error):
                 await self._flush_one_by_one(results)
-                return
-            logger.warning("Results wait for the database: %s", error)
-            await asyncio.sleep(FAILED_PAUSE_S)
+            else:
+                await self._wait_for_database(error)
             return
         self._remove(results, back_offs)
         self._on_stored(results)
 
     async def _flush_one_by_one(self, results: Sequence[Result]) -> None:
         """Find the result whose values PostgreSQL refuses, and store in its place that it could not be stored."""
+        self._back_offs.clear()
         for result in results:
             try:
-                await self._store([result], [])
+                await self._store_or_replace(result)
             except DATABASE_ERRORS as error:
-                if not is_refused_value(error):
-                    return
-                logger.exception("The result of job %s cannot be stored", result.job.id)
-                await self._store([_unstorable(result)], [])
+                await self._wait_for_database(error)
+                return
             self._remove([result], [])
             self._on_stored([result])
+
+    async def _store_or_replace(self, result: Result) -> None:
+        try:
+            await self._store([result], [])
+        except DATABASE_ERRORS as error:
+            if not is_refused_value(error):
+                raise
+            logger.exception("The result of job %s cannot be stored", result.job.id)
+            await self._store([_unstorable(result)], [])
+
+    async def _wait_for_database(self, error: BaseException) -> None:
+        logger.warning("Results wait for the database: %s", database.reason(error))
+        await asyncio.sleep(FAILED_PAUSE_S)
 
     async def _store(self, results: Sequence[Result], back_offs: Sequence[BackOff]) -> None:
         async with self._sessions.begin() as session:

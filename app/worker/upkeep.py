@@ -8,7 +8,7 @@ import logging
 import random
 from uuid import UUID
 
-from app.jobs import batches, hosts, queue
+from app.jobs import batches, database, hosts, queue
 from app.jobs.database import DATABASE_ERRORS, Sessions
 
 PAUSE_S = 1.0
@@ -37,7 +37,7 @@ class Upkeep:
             try:
                 await self._round(is_full=round_number % STRANDED_EVERY == 0)
             except DATABASE_ERRORS as error:
-                logger.debug("Upkeep waits for the database: %s", error)
+                logger.debug("Upkeep waits for the database: %s", database.reason(error))
 
     async def _round(self, *, is_full: bool) -> None:
         await self._finish_batches()

@@ -206,3 +206,52 @@ async def test_a_result_that_cannot_be_stored_fails_its_job_alone(service: Servi
         batch = await service.finished(batch_id)
         assert batch.counts.succeeded == 2
         assert batch.errors == {"storage_error": 1}
+
+
+async def test_a_post_that_runs_when_its_worker_is_stopped_is_not_sent_again(service: Service) -> None:
+    async with serving() as site:
+        async with service.worker() as pool:
+            batch_id = await service.submit(site.url("/held/1"), request={"method": "POST", "body": "pay"})
+            await site.wait_for_hits(1)
+            pool.stop()
+        site.gate.set()
+        async with service.worker():
+            await service.finished(batch_id)
+        assert site.hits == Counter({"/held/1": 1})
+        [job] = await service.jobs(batch_id)
+        assert (job.status, job.error) == ("failed", "shutdown_interrupted")
+
+
+async def test_the_shortest_lease_is_renewed_in_time(service: Service) -> None:
+    async with serving() as site, service.worker(lease_s=1.0):
+        batch_id = await service.submit(site.url("/held/1"))
+        await site.wait_for_hits(1)
+        await renewed(service.sessions, times=4)
+        site.gate.set()
+        await service.finished(batch_id)
+        assert site.hits == Counter({"/held/1": 1})
+
+
+async def renewed(sessions: Sessions, *, times: int) -> None:
+    """Wait until the end of the one lease was moved so often."""
+    ends = set[object]()
+    async with asyncio.timeout(20):
+        while len(ends) <= times:
+            async with sessions.begin() as session:
+                ends.add(await session.scalar(text("SELECT next_at FROM host")))
+            await asyncio.sleep(0.05)
+
+
+async def test_what_runs_stops_before_the_lease_ends_though_the_renewal_hangs(
+    service: Service, sessions: Sessions
+) -> None:
+    async with serving() as site, service.worker(lease_s=3.0):
+        batch_id = await service.submit(site.url("/held/1"))
+        await site.wait_for_hits(1)
+        async with sessions.begin() as session:
+            await session.execute(text("SELECT 1 FROM host FOR UPDATE"))
+            async with asyncio.timeout(10):
+                while site.now_count:
+                    await asyncio.sleep(0.05)
+        site.gate.set()
+        assert (await service.finished(batch_id)).counts.succeeded == 1

@@ -1,0 +1,74 @@
+"""The service's own fetch in the same loop as the bare one, without jobs and database. Runs in the service's Python.
+
+Reads and writes what bench/bare.py does.
+"""
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import aclosing
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+from app.fetch.http import FetchRequest, fetch
+from app.fetch.limits import Limits
+from app.fetch.policy import Policy
+from app.fetch.resolver import Resolver
+from app.fetch.transport import Transport
+from app.outcome import Response
+from app.settings import Settings
+
+
+async def fetch_all(transport: Transport, urls: Iterator[str], limits: Limits) -> tuple[int, int]:
+    """Fetch what is left of `urls`, one after the other; several of these run beside each other."""
+    count = body_bytes = 0
+    for url in urls:
+        outcome = await fetch(FetchRequest(url=url, limits=limits), transport=transport)
+        if isinstance(outcome, Response):
+            body_bytes += len(outcome.body)
+            count += outcome.status == 200
+    return count, body_bytes
+
+
+async def measure(question: dict[str, Any]) -> dict[str, float]:
+    """Fetch all URLs with so many in flight."""
+    settings = Settings()
+    limits = default_limits(settings)
+    ca_file = Path(question["ca_file"]) if question.get("ca_file") else None
+    policy = Policy(allow_networks=(ip_network("127.0.0.0/8"),))
+    resolver = Resolver()
+    transport = Transport(policy=policy, resolver=resolver, user_agent=settings.user_agent, ca_file=ca_file)
+    async with aclosing(resolver), aclosing(transport):
+        await fetch_all(transport, iter(question["warm_up"]), limits)
+        urls = iter(question["urls"])
+        wall_s, cpu_s = time.perf_counter(), time.process_time()
+        done = await asyncio.gather(*(fetch_all(transport, urls, limits) for _ in range(question["in_flight"])))
+        return {
+            "wall_s": time.perf_counter() - wall_s,
+            "cpu_s": time.process_time() - cpu_s,
+            "count": sum(count for count, _ in done),
+            "body_bytes": sum(body_bytes for _, body_bytes in done),
+        }
+
+
+def default_limits(settings: Settings) -> Limits:
+    """The limits that a job has when nobody says otherwise."""
+    return Limits(
+        deadline_s=settings.timeout_s,
+        connect_timeout_s=settings.connect_timeout_s,
+        read_timeout_s=settings.read_timeout_s,
+        wire_bytes_max=settings.wire_bytes_max,
+        body_bytes_max=settings.body_bytes_max,
+        header_bytes_max=settings.header_bytes_max,
+        header_count_max=settings.header_count_max,
+        redirects_max=settings.redirects_max,
+        informational_max=settings.informational_max,
+        encodings_max=settings.encodings_max,
+    )
+
+
+if __name__ == "__main__":
+    json.dump(asyncio.run(measure(json.load(sys.stdin))), sys.stdout)

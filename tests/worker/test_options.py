@@ -1,0 +1,51 @@
+"""Every limit of a fetch is a setting with a unit, and an option of a batch within the operator's bounds."""
+
+from dataclasses import fields
+from uuid import uuid4
+
+from app.api.schemas import BatchOptions, Bounds
+from app.fetch.limits import Limits
+from app.jobs.values import ClaimedJob
+from app.settings import Settings
+from app.worker.options import LIMIT_OPTIONS, for_job
+from tests.worker.conftest import LIMITS
+
+TIMEOUTS = {"timeout_s", "connect_timeout_s", "read_timeout_s"}
+
+
+def claimed(**request: object) -> ClaimedJob:
+    return ClaimedJob(
+        shard=0,
+        id=uuid4(),
+        batch_id=uuid4(),
+        host="a.test",
+        url="http://a.test/",
+        request=dict(request),
+        repeatable=True,
+        attempt=1,
+        lost=0,
+        crashes=0,
+        lease=1,
+    )
+
+
+def test_every_limit_is_a_setting_and_an_option_with_a_bound() -> None:
+    assert set(LIMIT_OPTIONS.values()) == {limit.name for limit in fields(Limits)}
+    assert set(LIMIT_OPTIONS) <= set(BatchOptions.model_fields)
+    assert set(LIMIT_OPTIONS) <= set(Settings.model_fields)
+    bounds = {bound.name for bound in fields(Bounds)}
+    assert set(LIMIT_OPTIONS) - TIMEOUTS <= bounds
+    assert "timeout_s_max" in bounds
+
+
+def test_an_option_of_the_batch_sets_its_limit_and_no_other() -> None:
+    for option, limit in LIMIT_OPTIONS.items():
+        limits = for_job(claimed(), {option: 1}, LIMITS).request.limits
+        assert {each.name for each in fields(Limits) if getattr(limits, each.name) != getattr(LIMITS, each.name)} == {
+            limit
+        }
+        assert getattr(limits, limit) == 1
+
+
+def test_a_job_goes_before_its_batch() -> None:
+    assert for_job(claimed(timeout_s=2.0), {"timeout_s": 3.0}, LIMITS).request.limits.deadline_s == 2.0
