@@ -99,7 +99,7 @@ MEANINGS: Mapping[FailureCode, str] = {
     FailureCode.METHOD_NOT_ALLOWED: "A method this service does not send.",
     FailureCode.HEADER_NOT_ALLOWED: "A hop-by-hop, framing, Host or metadata header.",
     FailureCode.HEADER_INVALID: "A header with a bad name, a line end, NUL or non-ASCII; or too many of them.",
-    FailureCode.ADDRESS_BLOCKED: "The address, an answer of the name servers or a redirect leads off the public internet.",
+    FailureCode.ADDRESS_BLOCKED: "The address, any answer to the name, or a redirect leads off the public internet.",
     FailureCode.SELF_REQUEST_BLOCKED: "The URL leads to this service itself.",
     FailureCode.DNS_NOT_FOUND: "The host name does not exist.",
     FailureCode.DNS_NO_ADDRESS: "The host name has no address.",

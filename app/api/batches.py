@@ -15,7 +15,7 @@ from starlette.responses import Response, StreamingResponse
 from app.api import examples, paging, problems, results
 from app.api.context import Context, Here
 from app.api.intake import Submission
-from app.api.problems import Problem, is_conflict, is_unavailable
+from app.api.problems import Problem
 from app.api.replies import IfNoneMatch, Representation, reply, reply_json, represent
 from app.api.schemas import (
     BATCH_ID_EXAMPLE,
@@ -30,6 +30,7 @@ from app.api.schemas import (
 )
 from app.api.waiting import WaitAsked, applied
 from app.jobs import batches, queue, reads
+from app.jobs.database import is_conflict, is_passing
 from app.jobs.values import NewBatch
 from app.outcome import FailureCode
 
@@ -347,7 +348,7 @@ async def _hint(context: Context) -> None:
         async with asyncio.timeout(HINT_TIMEOUT_S), context.sessions.begin() as session:
             await queue.notify(session)
     except Exception as error:
-        if not is_unavailable(error):
+        if not is_passing(error):
             raise
         logger.warning("The workers could not be woken; they look by themselves: %s", type(error).__name__)
 

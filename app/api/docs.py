@@ -13,11 +13,11 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from app.api import problems
 from app.api.context import Context
 from app.api.problems import ProblemView
 from app.api.schemas import BATCH_ID_EXAMPLE, JOB_ID_EXAMPLE, BatchRequest, ResultView
 from app.jobs import reads
+from app.jobs.database import is_passing
 from app.outcome import MEANINGS, RETRYABLE, RETRYABLE_STATUSES, FailureCode
 
 STATIC = Path(__file__).parent / "static"
@@ -173,7 +173,7 @@ async def _stored_ids(context: Context) -> dict[UUID, UUID]:
             found = found or await reads.list_batches(session, limit=1)
             jobs = await reads.list_jobs(session, found[0].id, limit=1, where=reads.JobFilter()) if found else []
     except Exception as error:
-        if not problems.is_unavailable(error):
+        if not is_passing(error):
             raise
         return {}
     examples = (BATCH_ID_EXAMPLE, found), (JOB_ID_EXAMPLE, jobs)

@@ -13,11 +13,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from pydantic_core import ErrorDetails
-from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from app.jobs.database import DATABASE_ERRORS, is_refused_value
+from app.jobs.database import DATABASE_ERRORS, is_passing, reason
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +24,6 @@ MEDIA_TYPE = "application/problem+json"
 ERRORS_SHOWN_MAX = 100
 POINTER_PART_CHARS_MAX = 100
 DATABASE_RETRY_AFTER_S = 5
-
-MISTAKE_SQLSTATES = ("0A", "21", "22", "23", "42")
-"""Classes by which PostgreSQL says that a statement or a value is wrong: a bug of ours. All others say "not now"."""
-
-
-CONFLICT_SQLSTATES = ("40001", "40P01")
-"""Serialization failure and deadlock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,21 +158,6 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(failure, _on_database_failure)
 
 
-def is_unavailable(error: BaseException) -> bool:
-    """Tell a database that cannot answer now from a statement that is wrong.
-
-    SQLAlchemy calls most of what asyncpg raises a plain DBAPIError, so that only the SQLSTATE can decide.
-    """
-    if not isinstance(error, DATABASE_ERRORS) or is_refused_value(error):
-        return False
-    return not _sqlstate(error).startswith(MISTAKE_SQLSTATES)
-
-
-def is_conflict(error: BaseException) -> bool:
-    """Tell a transaction that met another one, and changed nothing: the same again may well succeed."""
-    return _sqlstate(error) in CONFLICT_SQLSTATES
-
-
 def faults_of(errors: Iterable[ErrorDetails | dict[str, Any]], *, prefix: tuple[str | int, ...] = ()) -> list[Fault]:
     """Turn what pydantic found into faults; its messages name types and bounds, never the input."""
     return [
@@ -252,9 +229,9 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_database_failure(request: Request, error: Exception) -> Response:
-    if not is_unavailable(error):
+    if not is_passing(error):
         raise error
-    logger.warning("The database does not answer: %s", _first_line(error))
+    logger.warning("The database does not answer: %s", reason(error))
     problem = Problem(DATABASE_UNAVAILABLE, headers={"Retry-After": str(DATABASE_RETRY_AFTER_S)})
     return respond(problem, request_id=_request_id(request))
 
@@ -262,16 +239,6 @@ async def _on_database_failure(request: Request, error: Exception) -> Response:
 def _request_id(request: Request) -> str | None:
     request_id: str | None = request.scope.get("state", {}).get("request_id")
     return request_id
-
-
-def _sqlstate(error: BaseException) -> str:
-    return str(getattr(getattr(error, "orig", error), "sqlstate", None) or "")
-
-
-def _first_line(error: Exception) -> str:
-    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-    lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__
 
 
 def _document(problem: Problem, request_id: str | None) -> ProblemView:

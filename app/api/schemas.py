@@ -324,6 +324,9 @@ class EvidenceView(View):
     total_ms: float | None = None
     wire_bytes: int = 0
     body_bytes: int = 0
+    flags: list[str] = Field(
+        default=[], description="What was odd about a body that decoded all the same: `body_trailing_junk`."
+    )
 
 
 class AttemptView(View):

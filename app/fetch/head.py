@@ -164,7 +164,10 @@ def _fields(head: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def _without_nul(head: bytes) -> bytes:
-    """Make a space of each NUL in a field's value (RFC 9110, 5.5); elsewhere, and where it could frame, llhttp refuses."""
+    """Make a space of each NUL in a field's value (RFC 9110, 5.5).
+
+    Where it might change the framing it stays, as it does outside of values: llhttp refuses it there.
+    """
     return _LINE_THAT_MAY_HOLD_NUL.sub(lambda line: line[0].replace(b"\0", b" "), head)
 
 

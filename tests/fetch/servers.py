@@ -64,6 +64,8 @@ class Visit:
         return asked
 
     def send(self, *parts: bytes) -> None:
+        if self.writer.transport.is_closing():
+            raise ConnectionResetError  # a script that goes on for ever ends with its client
         self.writer.write(b"".join(parts))
 
     async def drip(self, data: bytes, *, every_s: float) -> None:
@@ -178,7 +180,7 @@ async def transport_to(
     folder: Path | None = None,
     policy: Policy = LOOPBACK,
     ca_file: Path | None = None,
-    decoders: int = 8,
+    decoders: int = 2,
     idle_s: float = 15.0,
     idle_max: int = 1000,
     idle_per_host_max: int = 64,
