@@ -85,10 +85,10 @@ class Site:
 
 
 @asynccontextmanager
-async def serving(answer: Callable[[str], Answer] = page) -> AsyncIterator[Site]:
-    """Serve on a free port of every loopback address."""
+async def serving(answer: Callable[[str], Answer] = page, *, port: int = 0) -> AsyncIterator[Site]:
+    """Serve on a port, else a free one, of every loopback address."""
     site = Site(answer=answer)
-    server = await asyncio.start_server(site.serve, "0.0.0.0", 0)
+    server = await asyncio.start_server(site.serve, "0.0.0.0", port)
     site.port = server.sockets[0].getsockname()[1]
     try:
         yield site

@@ -117,16 +117,29 @@ async def finish(session: AsyncSession, ids: Collection[UUID]) -> set[UUID]:
     return {row.id for row in await session.execute(FINISH, {"ids": list(ids)})}
 
 
-UNFINISHED = text("""
-    SELECT id, total, cancel_requested_at IS NOT NULL AS is_cancelled FROM batch
-    WHERE finished_at IS NULL AND id > :after ORDER BY id LIMIT :limit
+# Without locks: most batches that are not finished have work left, and nothing is to wait for this.
+FINISHABLE = text("""
+    SELECT id FROM batch WHERE finished_at IS NULL AND NOT EXISTS (
+        SELECT 1 FROM tally WHERE tally.batch_id = batch.id AND tally.queued + tally.running > 0
+    ) ORDER BY id LIMIT :limit
 """)
 
 
-async def list_unfinished(session: AsyncSession, *, after: UUID, limit: int) -> list[tuple[UUID, int, bool]]:
-    """List (id, number of jobs, whether cancelling was asked for) of unfinished batches, in the order of ids."""
-    rows = await session.execute(UNFINISHED, {"after": after, "limit": limit})
-    return [(row.id, row.total, row.is_cancelled) for row in rows]
+async def find_finishable(session: AsyncSession, *, limit: int) -> list[UUID]:
+    """Find unfinished batches that have nothing left to run, for `finish` to look at under its locks."""
+    return [row.id for row in await session.execute(FINISHABLE, {"limit": limit})]
+
+
+CANCELLING = text("""
+    SELECT id, total FROM batch WHERE finished_at IS NULL AND cancel_requested_at IS NOT NULL AND EXISTS (
+        SELECT 1 FROM tally WHERE tally.batch_id = batch.id AND tally.queued > 0
+    ) ORDER BY id LIMIT :limit
+""")
+
+
+async def list_cancelling(session: AsyncSession, *, limit: int) -> list[tuple[UUID, int]]:
+    """List (id, number of jobs) of batches that are to be cancelled and have jobs in the queue."""
+    return [(row.id, row.total) for row in await session.execute(CANCELLING, {"limit": limit})]
 
 
 HIDE = text("""

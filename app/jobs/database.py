@@ -1,14 +1,14 @@
 """The way to PostgreSQL: engine, sessions, migration at start, and the wake-up channel."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import asyncpg
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import URL, Connection, make_url, text
+from sqlalchemy import Connection, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
@@ -28,7 +28,24 @@ WAKE_CHANNEL = "fetchpool_jobs"
 MIGRATION_LOCK = 7_306_080_214
 """Key of the transaction-level advisory lock under which migrations run; any number, the same for ever."""
 
+ASYNCPG = "postgresql+asyncpg://"
+URL_PARAMETERS = frozenset({"host", "port", "sslmode"})
+SESSION = {"application_name": "fetchpool", "timezone": "UTC", "jit": "off"}
+WITHOUT_PREPARED: dict[str, Any] = {
+    "statement_cache_size": 0,
+    "prepared_statement_cache_size": 0,
+    # Nameless, so that the next one replaces it: a named one would be closed later, on whatever connection PgBouncer
+    # gives then, and stay for ever on the one it is on.
+    "prepared_statement_name_func": str,
+}
+
 MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
+
+MISTAKES = ("0A", "21", "22", "23", "42")
+"""Classes by which PostgreSQL says that a statement or a value is wrong: a fault of ours. All others say "not now"."""
+
+CONFLICTS = ("40001", "40P01")
+"""Serialization failure and deadlock."""
 
 Sessions = async_sessionmaker[AsyncSession]
 
@@ -42,8 +59,35 @@ class DatabaseUnusable(Exception):
 
 def is_refused_value(error: BaseException) -> bool:
     """Say whether PostgreSQL or its driver refused a value or a row: trying the same again is no use."""
-    state = str(getattr(getattr(error, "orig", error), "sqlstate", None) or "")
-    return state[:2] in ("22", "23") or isinstance(getattr(error, "__cause__", None), asyncpg.DataError)
+    return sqlstate(error)[:2] in ("22", "23") or isinstance(getattr(error, "__cause__", None), asyncpg.DataError)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Tell a database that cannot answer now from a statement or a value that is wrong, whenever it is tried.
+
+    SQLAlchemy calls most of what asyncpg raises a plain DBAPIError, so that only the SQLSTATE can decide.
+    """
+    if not isinstance(error, DATABASE_ERRORS) or is_refused_value(error):
+        return False
+    return not sqlstate(error).startswith(MISTAKES)
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Tell a transaction that met another one, and changed nothing: the same again may well succeed."""
+    return sqlstate(error) in CONFLICTS
+
+
+def sqlstate(error: BaseException) -> str:
+    """Return PostgreSQL's five-character code of an error, empty when it never came to that."""
+    return str(getattr(getattr(error, "orig", error), "sqlstate", None) or "")
+
+
+def log_failure(logger: logging.Logger, what: str, error: BaseException) -> None:
+    """Log an outage in one line, and anything else, which is a fault of ours, with its traceback."""
+    if is_passing(error):
+        logger.warning("%s: %s", what, reason(error))
+    else:
+        logger.error("%s, and should not have to", what, exc_info=error)
 
 
 def reason(error: BaseException) -> str:
@@ -55,18 +99,25 @@ def reason(error: BaseException) -> str:
 def make_engine(url: str, *, pgbouncer: bool = False, pool_size: int = 5) -> AsyncEngine:
     """Make an engine of at most `pool_size` connections whose statements, locks and pauses all have a deadline.
 
-    Behind PgBouncer in transaction mode no prepared statement is kept and no start-up parameter sent: the timeouts
-    are then those of the role.
+    Behind PgBouncer in transaction mode no prepared statement is kept and no start-up parameter sent: each transaction
+    then sets its own deadlines. Raises `DatabaseUnusable` for a URL it cannot follow.
     """
-    address, arguments = _connection(url, pgbouncer=pgbouncer)
-    return create_async_engine(
-        address,
+    arguments = _arguments(url)
+    if pgbouncer:
+        arguments |= WITHOUT_PREPARED
+    else:
+        arguments["server_settings"] = SESSION | _deadlines()
+    engine = create_async_engine(
+        ASYNCPG,
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=POOL_TIMEOUT_S,
         hide_parameters=True,  # they hold what clients sent, secrets among it
         connect_args=arguments,
     )
+    if pgbouncer:
+        event.listen(engine.sync_engine, "begin", _set_local_deadlines)
+    return engine
 
 
 def make_sessions(engine: AsyncEngine) -> Sessions:
@@ -79,8 +130,9 @@ async def migrate(url: str, *, pgbouncer: bool = False) -> None:
 
     Raises `DatabaseUnusable` when PostgreSQL is unreachable, refuses, or is older than version 15.
     """
-    address, arguments = _connection(url, pgbouncer=pgbouncer)
-    engine = create_async_engine(address, poolclass=NullPool, connect_args=arguments)
+    # Without deadlines: a migration may take long, and others wait for it.
+    arguments = _arguments(url) | {"command_timeout": None} | (WITHOUT_PREPARED if pgbouncer else {})
+    engine = create_async_engine(ASYNCPG, poolclass=NullPool, connect_args=arguments)
     try:
         async with engine.begin() as connection:
             await _require_version(connection)
@@ -97,8 +149,7 @@ async def listen(url: str, wake: Callable[[], None]) -> asyncpg.Connection:
 
     A hint only: it may be lost with the connection, and polling finds the work all the same.
     """
-    address = make_url(url)
-    connection: asyncpg.Connection = await asyncpg.connect(**_asyncpg_arguments(address), timeout=CONNECT_TIMEOUT_S)
+    connection: asyncpg.Connection = await asyncpg.connect(**_arguments(url), server_settings=SESSION)
     await connection.add_listener(WAKE_CHANNEL, lambda *_: wake())
     return connection
 
@@ -129,41 +180,38 @@ def _advice(error: BaseException) -> str:
     return f"PostgreSQL at DATABASE_URL cannot be used: {reason(error)}. Check that it runs and that the URL is right."
 
 
-def _connection(url: str, *, pgbouncer: bool) -> tuple[URL, dict[str, Any]]:
-    """Translate a libpq-style URL to what SQLAlchemy's asyncpg dialect takes."""
+def _arguments(url: str) -> dict[str, Any]:
+    """Translate a libpq-style URL to the arguments of asyncpg's connect; only some parameters can be followed."""
     address = make_url(url)
-    query = dict(address.query)
-    arguments: dict[str, Any] = {"timeout": CONNECT_TIMEOUT_S, "command_timeout": COMMAND_TIMEOUT_S}
-    if (sslmode := query.pop("sslmode", None)) is not None:
-        arguments["ssl"] = sslmode
-    if pgbouncer:
-        arguments |= {"statement_cache_size": 0, "prepared_statement_name_func": lambda: f"__fetchpool_{uuid4()}__"}
-        query["prepared_statement_cache_size"] = "0"
-    else:
-        arguments["server_settings"] = _timeouts()
-    return address.set(drivername="postgresql+asyncpg", query=query), arguments
-
-
-def _timeouts() -> dict[str, str]:
+    query = {name: str(value) for name, value in address.query.items()}
+    if unknown := sorted(query.keys() - URL_PARAMETERS):
+        raise DatabaseUnusable(
+            f"DATABASE_URL has parameters that cannot be followed: {', '.join(unknown)}. Leave them out; "
+            f"{', '.join(sorted(URL_PARAMETERS))} can be given."
+        )
+    port = address.port or query.get("port")
     return {
-        "application_name": "fetchpool",
-        "timezone": "UTC",
-        "jit": "off",
+        "host": address.host or query.get("host"),
+        "port": int(port) if port else None,
+        "user": address.username,
+        "password": address.password,
+        "database": address.database,
+        "ssl": query.get("sslmode"),
+        "timeout": CONNECT_TIMEOUT_S,
+        "command_timeout": COMMAND_TIMEOUT_S,
+    }
+
+
+def _deadlines() -> dict[str, str]:
+    return {
         "statement_timeout": str(int(STATEMENT_TIMEOUT_S * 1000)),
         "lock_timeout": str(int(LOCK_TIMEOUT_S * 1000)),
         "idle_in_transaction_session_timeout": str(int(IDLE_IN_TRANSACTION_TIMEOUT_S * 1000)),
     }
 
 
-def _asyncpg_arguments(address: URL) -> dict[str, Any]:
-    query = dict(address.query)
-    sslmode = query.pop("sslmode", None)
-    host = address.host or query.pop("host", None)
-    return {
-        "host": host,
-        "port": address.port or (int(str(query["port"])) if "port" in query else None),
-        "user": address.username,
-        "password": address.password,
-        "database": address.database,
-        "ssl": sslmode,
-    }
+def _set_local_deadlines(connection: Connection) -> None:
+    calls = ", ".join(
+        f"set_config('{name}', '{value}', true)" for name, value in (_deadlines() | {"jit": "off"}).items()
+    )
+    connection.exec_driver_sql(f"SELECT {calls}")

@@ -27,7 +27,7 @@ async def lock_stranded(session: AsyncSession, *, limit: int) -> list[tuple[int,
     return hosts
 
 
-# Job rows are looked for in a later statement than the lock, for the reason given at queue.REST_HOSTS.
+# Job rows are looked for in a later statement than the lock, for the reason given at leases.REST_HOSTS.
 LOCK_PARKED = text("""
     SELECT shard, host FROM host
     WHERE owner IS NULL AND next_at = 'infinity' AND not_before <= now() AND (shard, host) > (:shard, :host)

@@ -19,7 +19,7 @@ from app.jobs import leases, tallies
 from app.jobs.ids import new_job_id, shard_of_host
 from app.jobs.leases import WAITING_BATCHES
 from app.jobs.tallies import Change, HistogramKey
-from app.jobs.values import ClaimedJob, Lease, NewBatch, NewJob, Recorded, Result
+from app.jobs.values import CRASHES_OF_SUSPECT, ClaimedJob, Lease, NewBatch, NewJob, Recorded, Result
 
 INSERT_ROWS_MAX = 1_000
 """Rows of one INSERT: enough to be fast, few enough not to hold an event loop for long."""
@@ -274,13 +274,14 @@ RECORD_JOBS = text("""
     SELECT shard, id, false FROM locked WHERE left_status <> 'running'
 """)
 
-# The update of a row that is there already locks it, so that no erasure can take the body away under this transaction.
+# The update of a row that is there already is never done, but locks the row: no erasure takes the body away under this
+# transaction.
 STORE_BODIES = text("""
     INSERT INTO body (shard, sha256, encoding, content)
     SELECT * FROM unnest(
         CAST(:shards AS smallint[]), CAST(:sha256s AS bytea[]), CAST(:encodings AS text[]), CAST(:contents AS bytea[])
     )
-    ON CONFLICT (shard, sha256) DO UPDATE SET stored_at = now()
+    ON CONFLICT (shard, sha256) DO UPDATE SET encoding = body.encoding WHERE false
 """)
 
 
@@ -367,6 +368,7 @@ GIVE_BACK = text("""
     ), cleared AS (
         UPDATE job SET crashes = crashes - 1
         FROM mine WHERE job.shard = mine.shard AND job.id = mine.id AND mine.was_rescued AND job.crashes > 0
+            AND job.finished_at IS NULL
     )
     UPDATE job SET status = 'queued', lost = lost + 1, alone = false
     FROM mine WHERE job.shard = mine.shard AND job.id = mine.id AND mine.is_held AND job.status = 'running'
@@ -382,7 +384,8 @@ RUN_ALONE = text("""
 RESCUE = text("""
     WITH stranded AS MATERIALIZED (
         SELECT job.shard, job.id,
-            CASE WHEN job.alone THEN 'poisoned' WHEN NOT job.repeatable THEN 'worker_crashed' END AS error
+            CASE WHEN job.alone AND job.crashes >= :suspect THEN 'poisoned'
+                WHEN NOT job.repeatable THEN 'worker_crashed' END AS error
         FROM job
         JOIN unnest(CAST(:shards AS smallint[]), CAST(:hosts AS text[])) AS lost(shard, host)
         ON job.shard = lost.shard AND job.host = lost.host
@@ -393,7 +396,7 @@ RESCUE = text("""
         lost = lost + 1, crashes = crashes + 1, alone = false, lease = NULL,
         status = CASE WHEN stranded.error IS NULL THEN 'queued' ELSE 'failed' END,
         finished_at = CASE WHEN stranded.error IS NULL THEN NULL ELSE now() END,
-        error = stranded.error,
+        error = stranded.error, http_status = NULL, evidence = NULL,
         error_detail = CASE stranded.error WHEN 'poisoned' THEN :poisoned WHEN 'worker_crashed' THEN :crashed END
     FROM stranded WHERE job.shard = stranded.shard AND job.id = stranded.id AND job.status = 'running'
     RETURNING job.shard, job.batch_id, job.status, job.error
@@ -411,7 +414,8 @@ CANCEL_QUEUED = text("""
         WHERE batch_id = :batch_id AND position >= :start AND position < :stop AND status = 'queued'
         ORDER BY shard, id FOR UPDATE SKIP LOCKED
     )
-    UPDATE job SET status = 'cancelled', finished_at = now(), error = 'cancelled', error_detail = NULL
+    UPDATE job SET status = 'cancelled', finished_at = now(), error = 'cancelled', error_detail = NULL,
+        http_status = NULL, evidence = NULL
     FROM chosen WHERE job.shard = chosen.shard AND job.id = chosen.id AND job.status = 'queued'
     RETURNING job.shard
 """)
@@ -457,7 +461,8 @@ async def _rescue(session: AsyncSession, hosts: Sequence[tuple[int, str]]) -> Se
     if not hosts:
         return ()
     values = {"shards": [shard for shard, _ in hosts], "hosts": [host for _, host in hosts]}
-    return (await session.execute(RESCUE, {**values, "poisoned": POISONED_DETAIL, "crashed": CRASHED_DETAIL})).all()
+    verdicts = {"suspect": CRASHES_OF_SUSPECT, "poisoned": POISONED_DETAIL, "crashed": CRASHED_DETAIL}
+    return (await session.execute(RESCUE, values | verdicts)).all()
 
 
 async def _count(session: AsyncSession, rescued: Sequence[Row[Any]], *, taken: Sequence[ClaimedJob]) -> None:

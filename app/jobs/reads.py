@@ -4,6 +4,7 @@ Returns plain values. A deleted batch, and every job of it, is not there. Counts
 counting jobs, so that a batch of a million costs what one of ten does.
 """
 
+import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -345,7 +346,7 @@ async def get_body(session: AsyncSession, job_id: UUID) -> Body | Literal["missi
     if row.content is None:
         return "none"
     return Body(
-        content=bodies.unpack(row.content, row.encoding),
+        content=await asyncio.to_thread(bodies.unpack, row.content, row.encoding),
         content_type=_content_type(row.evidence or {}),
         sha256=row.sha256.hex(),
     )

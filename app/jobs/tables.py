@@ -150,7 +150,7 @@ job = Table(
     Index("job_claim", "shard", "host", "batch_id", "run_at", postgresql_where=text("status = 'queued'")),
     # queue.rescue: what ran under a lost lease
     Index("job_running", "shard", "host", postgresql_where=text("status = 'running'")),
-    # queue.erase: whether a body is still wanted
+    # batches.erase: whether a body is still wanted
     Index("job_body", "shard", "body_sha256", postgresql_where=text("body_sha256 IS NOT NULL")),
     postgresql_with={"autovacuum_vacuum_scale_factor": "0.02", "autovacuum_vacuum_cost_delay": "1"},
 )
@@ -177,7 +177,6 @@ body = Table(
     Column("sha256", LargeBinary, nullable=False),
     Column("encoding", Text, nullable=False),
     Column("content", LargeBinary, nullable=False),
-    _time("stored_at", nullable=False, default="now()"),
     PrimaryKeyConstraint("shard", "sha256"),
     CheckConstraint("encoding IN ('identity', 'zstd')", name="encoding_known"),
     CheckConstraint("octet_length(sha256) = 32", name="sha256_whole"),

@@ -52,6 +52,11 @@ class Hold:
         return self.lease.host
 
     @property
+    def key(self) -> tuple[int, str]:
+        """(shard, host)."""
+        return self.lease.shard, self.lease.host
+
+    @property
     def is_idle(self) -> bool:
         """Nothing waits, runs or is still to be stored: the host may be released."""
         return not self.waiting and not self.running and not self.unrecorded

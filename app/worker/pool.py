@@ -80,7 +80,7 @@ class Pool:
         self._waiting_count = 0
         self._woken = asyncio.Event()
         self._drain_by: float | None = None
-        self._renewed_at = self._asked_at = self._beat_at = float("-inf")
+        self._renewed_at = self._claimed_at = self._asked_at = self._looked_at = self._beat_at = float("-inf")
         self._may_claim_at = 0.0
         self._margin_s = min(STOP_BEFORE_S, settings.lease_s / 4)
 
@@ -93,12 +93,15 @@ class Pool:
                 await self._pause()
             for task in beside:
                 task.cancel()
+        if self._recorder.dropped_count:
+            logger.warning("Dropped %d results that came after their leases", self._recorder.dropped_count)
         with suppress(*DATABASE_ERRORS):
-            await self._in_transaction(workers.leave, self._identity)
+            async with self._sessions.begin() as session:
+                await workers.leave(session, self._identity)
 
     def wake(self) -> None:
         """Look for work now: there may be some."""
-        self._may_claim_at = 0.0
+        self._may_claim_at = min(self._may_claim_at, self._claimed_at + CLAIM_PAUSE_S)
         self._look_again()
         self._woken.set()
 
@@ -118,12 +121,13 @@ class Pool:
         try:
             await self._step()
         except DATABASE_ERRORS as error:
-            logger.warning("The pool waits for the database: %s", database.reason(error))
+            database.log_failure(logger, "The pool waits for the database", error)
             await asyncio.sleep(FAILED_PAUSE_S * random.uniform(0.5, 1.5))
 
     async def _step(self) -> None:
         """Everything that is due now, what keeps leases first."""
         await self._renew()
+        self._look_again_in_time()
         await self._drop_cancelled()
         await self._beat()
         await self._give_back()
@@ -156,10 +160,6 @@ class Pool:
         is_empty = not self._holds and not self._to_give_back
         return is_empty or time.monotonic() >= self._drain_by + DRAIN_LAST_S
 
-    async def _in_transaction(self, change: Any, *arguments: Any, **named: Any) -> Any:
-        async with self._sessions.begin() as session:
-            return await change(session, *arguments, **named)
-
     # Leases: renewed, lost, released
 
     async def _renew(self) -> None:
@@ -167,12 +167,13 @@ class Pool:
         if not self._holds or now < self._renewed_at + self._settings.lease_s / 3:
             return
         holds = list(self._holds.values())
-        kept = await self._in_transaction(
-            leases.renew, self._identity.id, [hold.lease for hold in holds], lease_s=self._settings.lease_s
-        )
+        async with self._sessions.begin() as session:
+            kept = await leases.renew(
+                session, self._identity.id, [hold.lease for hold in holds], lease_s=self._settings.lease_s
+            )
         self._renewed_at = now
         for hold in holds:
-            if (hold.lease.shard, hold.lease.host) in kept:
+            if hold.key in kept:
                 hold.ends_at = now + self._settings.lease_s
             else:
                 self._lose(hold)
@@ -190,12 +191,19 @@ class Pool:
 
     def _lose(self, hold: Hold) -> None:
         """Stop at once what runs on a lease that is gone. The next holder rescues its jobs, if it is not us."""
+        if hold.is_lost:
+            return
         logger.warning("Lost the lease of host %s with %d fetches running", hold.host, len(hold.running))
         hold.is_lost = True
         self._return(hold, self._drop_waiting(hold))
         for task in hold.running:
             task.cancel()
-        del self._holds[hold.lease.shard, hold.lease.host]
+        self._forget(hold)
+
+    def _forget(self, hold: Hold) -> None:
+        """Hold it no longer; it may have been lost, and even claimed anew, while the database was asked."""
+        if self._holds.get(hold.key) is hold:
+            del self._holds[hold.key]
 
     async def _release(self) -> None:
         now = time.monotonic()
@@ -203,11 +211,10 @@ class Pool:
         finished = [hold for hold in self._holds.values() if hold.is_idle and self._may_release(hold)]
         if not finished:
             return
-        await self._in_transaction(
-            leases.release, self._identity.id, {hold.lease: hold.rest_s(now) for hold in finished}
-        )
+        async with self._sessions.begin() as session:
+            await leases.release(session, self._identity.id, {hold.lease: hold.rest_s(now) for hold in finished})
         for hold in finished:
-            del self._holds[hold.lease.shard, hold.lease.host]
+            self._forget(hold)
             self._transport.close_idle(hold.host)
 
     def _may_release(self, hold: Hold) -> bool:
@@ -217,7 +224,8 @@ class Pool:
         over = [hold for hold in self._holds.values() if not hold.is_ending and hold.is_turn_over(now)]
         if not over:
             return
-        others_wait = await self._in_transaction(leases.is_any_due)
+        async with self._sessions.begin() as session:
+            others_wait = await leases.is_any_due(session)
         for hold in over:
             hold.is_ending = others_wait
             hold.begin_turn(now)
@@ -240,15 +248,17 @@ class Pool:
         room = self._room()
         if now < self._may_claim_at or room <= 0 or self._recorder.is_full:
             return
-        claimed: dict[Lease, list[ClaimedJob]] = await self._in_transaction(
-            queue.claim,
-            self._identity.id,
-            hosts_max=room,
-            jobs_max=room,
-            jobs_per_host=self._settings.host_concurrency,
-            lease_s=self._settings.lease_s,
-        )
-        self._may_claim_at = time.monotonic() + (CLAIM_PAUSE_S if claimed else POLL_S * random.uniform(0.5, 1.0))
+        async with self._sessions.begin() as session:
+            claimed = await queue.claim(
+                session,
+                self._identity.id,
+                hosts_max=room,
+                jobs_max=room,
+                jobs_per_host=1 if self._settings.host_delay_s else self._settings.host_concurrency,
+                lease_s=self._settings.lease_s,
+            )
+        self._claimed_at = time.monotonic()
+        self._may_claim_at = self._claimed_at + (CLAIM_PAUSE_S if claimed else POLL_S * random.uniform(0.5, 1.0))
         was_cut = sum(len(jobs) for jobs in claimed.values()) >= room
         for lease, jobs in claimed.items():
             hold = self._hold(lease, now)
@@ -264,9 +274,9 @@ class Pool:
             delay_s=self._settings.host_delay_s,
             back_offs=lease.back_offs,
         )
-        if (expired := self._holds.get((lease.shard, lease.host))) is not None:
+        if (expired := self._holds.get(hold.key)) is not None:
             self._lose(expired)
-        self._holds[lease.shard, lease.host] = hold
+        self._holds[hold.key] = hold
         return hold
 
     async def _refill(self) -> None:
@@ -275,14 +285,15 @@ class Pool:
         wanted = [(hold, count) for hold in self._holds.values() if (count := hold.wanted(now)) > 0]
         if not wanted or room <= 0 or self._recorder.is_full:
             return
-        jobs: list[ClaimedJob] = await self._in_transaction(
-            queue.refill, self._identity.id, [(hold.lease, count) for hold, count in wanted], jobs_max=room
-        )
+        async with self._sessions.begin() as session:
+            jobs = await queue.refill(
+                session, self._identity.id, [(hold.lease, count) for hold, count in wanted], jobs_max=room
+            )
         taken: dict[tuple[int, str], list[ClaimedJob]] = {}
         for job in jobs:
             taken.setdefault((job.shard, job.host), []).append(job)
         for hold, count in wanted:
-            found = taken.get((hold.lease.shard, hold.lease.host), [])
+            found = taken.get(hold.key, [])
             hold.is_dry = len(found) < count and len(jobs) < room
             self._supply(hold, found)
 
@@ -292,7 +303,8 @@ class Pool:
             return
         while len(self._options) > BATCH_OPTIONS_MAX:
             del self._options[next(iter(self._options))]
-        self._options |= await self._in_transaction(batches.start, self._unknown)
+        async with self._sessions.begin() as session:
+            self._options |= await batches.start(session, self._unknown)
         self._unknown.clear()
         for hold in self._holds.values():
             self._make_ready(hold)
@@ -303,8 +315,13 @@ class Pool:
         self._unknown |= {job.batch_id for job in jobs} - self._options.keys()
         self._make_ready(hold)
 
+    def _look_again_in_time(self) -> None:
+        if time.monotonic() >= self._looked_at + POLL_S:
+            self._look_again()
+
     def _look_again(self) -> None:
         """New jobs may have come, or retries be due, at hosts that had nothing more."""
+        self._looked_at = time.monotonic()
         for hold in self._holds.values():
             hold.is_dry = False
 
@@ -316,7 +333,8 @@ class Pool:
                 self._return(hold, self._drop_waiting(hold))
                 hold.is_ending = True
         if returned := list(self._to_give_back):
-            await self._in_transaction(queue.give_back, [job for _, job in returned])
+            async with self._sessions.begin() as session:
+                await queue.give_back(session, [job for _, job in returned])
             del self._to_give_back[: len(returned)]
             for hold, _ in returned:
                 hold.unrecorded -= 1
@@ -346,11 +364,11 @@ class Pool:
         if now < self._asked_at + ASK_CANCELLED_S:
             return
         self._asked_at = now
-        self._look_again()
         present = {job.batch_id for hold in self._holds.values() for job in (*hold.waiting, *hold.running.values())}
         if not present:
             return
-        self._cancelled = await self._in_transaction(batches.find_cancelled, present)
+        async with self._sessions.begin() as session:
+            self._cancelled = await batches.find_cancelled(session, present)
         if self._cancelled:
             for hold in self._holds.values():
                 self._drop_cancelled_of(hold)
@@ -367,7 +385,8 @@ class Pool:
 
     async def _beat(self) -> None:
         if time.monotonic() >= self._beat_at + BEAT_S:
-            await self._in_transaction(workers.beat, self._identity, running=self._running_count)
+            async with self._sessions.begin() as session:
+                await workers.beat(session, self._identity, running=self._running_count)
             self._beat_at = time.monotonic()
 
     # What starts next: decided in memory
@@ -406,6 +425,8 @@ class Pool:
             self._unknown.add(batch_id)
             self._woken.set()
             return False
+        if hold.back_offs and hold.running:
+            return False  # one at a time, until one gets through
         if hold.waiting[0].is_suspect:
             self._suspect = hold
             return False
@@ -434,7 +455,12 @@ class Pool:
             self._suspect = None
             self._make_ready(hold)
             return
-        if not await self._in_transaction(queue.run_alone, hold.waiting[0]):
+        job = hold.waiting[0]
+        async with self._sessions.begin() as session:
+            is_ours = await queue.run_alone(session, job)
+        if hold.is_lost or not hold.waiting:
+            return
+        if not is_ours:
             hold.waiting.popleft()
             self._waiting_count -= 1
         elif self._places.try_enter(hold.host):
@@ -459,6 +485,7 @@ class Pool:
             self._suspect = None
             self._make_ready(hold)
         hold.ended_count += 1
+        self._make_ready(hold)
         self._running_count -= 1
         seat.leave()
         if task.cancelled():

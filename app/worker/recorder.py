@@ -13,6 +13,8 @@ from app.outcome import FailureCode
 
 FLUSH_PAUSE_S = 0.05
 RECORD_MAX = 500
+RECORD_BYTES_MAX = 16 * 2**20
+"""Bodies of one transaction: within every timeout, and never so many that the same are offered again for ever."""
 BUFFERED_MAX = 2_000
 BUFFERED_BYTES_MAX = 64 * 2**20
 FAILED_PAUSE_S = 1.0
@@ -65,7 +67,7 @@ class Recorder:
             await asyncio.sleep(pause_s)
 
     async def _flush(self) -> None:
-        results, back_offs = self._results[:RECORD_MAX], list(self._back_offs.values())
+        results, back_offs = self._next_results(), list(self._back_offs.values())
         try:
             await self._store(results, back_offs)
         except DATABASE_ERRORS as error:
@@ -76,6 +78,16 @@ class Recorder:
             return
         self._remove(results, back_offs)
         self._on_stored(results)
+
+    def _next_results(self) -> list[Result]:
+        """As many of the oldest as one transaction takes, and at least one."""
+        size, count = 0, 0
+        for result in self._results[:RECORD_MAX]:
+            size += len(result.body or b"")
+            if count and size > RECORD_BYTES_MAX:
+                break
+            count += 1
+        return self._results[:count]
 
     async def _flush_one_by_one(self, results: Sequence[Result]) -> None:
         """Find the result whose values PostgreSQL refuses, and store in its place that it could not be stored."""
@@ -99,7 +111,7 @@ class Recorder:
             await self._store([_unstorable(result)], [])
 
     async def _wait_for_database(self, error: BaseException) -> None:
-        logger.warning("Results wait for the database: %s", database.reason(error))
+        database.log_failure(logger, "Results wait for the database", error)
         await asyncio.sleep(FAILED_PAUSE_S)
 
     async def _store(self, results: Sequence[Result], back_offs: Sequence[BackOff]) -> None:

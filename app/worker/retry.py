@@ -14,6 +14,7 @@ RETRY_AFTER_JITTER = 0.1
 BACK_OFF_FIRST_S = 1.0
 BACK_OFF_MAX_S = 60.0
 BACK_OFF_STATUSES = frozenset({429, 503})
+BACK_OFF_CODES = frozenset({FailureCode.CONNECT_REFUSED, FailureCode.CONNECT_TIMEOUT, FailureCode.CONNECT_UNREACHABLE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +45,14 @@ def decide(
 
 def back_off_s(outcome: Outcome, *, back_offs: int) -> float | None:
     """Seconds to leave the whole host alone, `None` when it need not be; `back_offs` are those before, in a row."""
-    if not isinstance(outcome, Response) or outcome.status not in BACK_OFF_STATUSES:
+    if isinstance(outcome, Response):
+        if outcome.status not in BACK_OFF_STATUSES:
+            return None
+        asked_s = retry_after_s(outcome)
+    elif outcome.code in BACK_OFF_CODES:
+        asked_s = None
+    else:
         return None
-    asked_s = retry_after_s(outcome)
     return asked_s if asked_s is not None else min(BACK_OFF_MAX_S, BACK_OFF_FIRST_S * 2.0 ** min(back_offs, 10))
 
 
@@ -62,7 +68,7 @@ def retry_after_s(response: Response) -> float | None:
 def _seconds_until(value: str) -> float | None:
     try:
         at = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if at.tzinfo is None:
         at = at.replace(tzinfo=UTC)
@@ -88,5 +94,5 @@ def _nothing_was_sent(outcome: Outcome) -> bool:
 def _delay_s(outcome: Outcome, attempts_made: int) -> float:
     """Full jitter over an exponential window (AWS, "Exponential Backoff And Jitter"), unless the server said when."""
     if isinstance(outcome, Response) and (asked_s := retry_after_s(outcome)) is not None:
-        return asked_s * random.uniform(1.0, 1.0 + RETRY_AFTER_JITTER)
+        return min(RETRY_AFTER_MAX_S, asked_s * random.uniform(1.0, 1.0 + RETRY_AFTER_JITTER))
     return random.uniform(0.0, min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** (attempts_made - 1)))

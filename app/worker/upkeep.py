@@ -6,13 +6,14 @@ Every worker does it, none is needed for it: each step is safe to run anywhere, 
 import asyncio
 import logging
 import random
-from uuid import UUID
 
 from app.jobs import batches, database, hosts, queue
 from app.jobs.database import DATABASE_ERRORS, Sessions
 
 PAUSE_S = 1.0
-STRANDED_EVERY = 15
+FINISH_EVERY = 5
+"""Rounds between two looks for batches to finish or erase."""
+SWEEP_EVERY = 15
 """Rounds between two looks for stranded jobs and for hosts to forget."""
 BATCHES_PER_ROUND_MAX = 1_000
 CANCEL_CHUNK = 10_000
@@ -30,41 +31,42 @@ class Upkeep:
 
     async def run(self) -> None:
         """Keep the store in order, for ever."""
-        round_number = random.randrange(STRANDED_EVERY)
+        number = random.randrange(SWEEP_EVERY)
         while True:
             await asyncio.sleep(PAUSE_S * random.uniform(0.75, 1.25))
-            round_number += 1
+            number += 1
             try:
-                await self._round(is_full=round_number % STRANDED_EVERY == 0)
+                await self._round(number)
             except DATABASE_ERRORS as error:
-                logger.debug("Upkeep waits for the database: %s", database.reason(error))
+                database.log_failure(logger, "Upkeep waits for the database", error)
 
-    async def _round(self, *, is_full: bool) -> None:
-        await self._finish_batches()
-        await self._erase_batches()
-        if is_full:
+    async def _round(self, number: int) -> None:
+        await self._cancel_batches()
+        if number % FINISH_EVERY == 0:
+            await self._finish_batches()
+            await self._erase_batches()
+        if number % SWEEP_EVERY == 0:
             await self._rescue_stranded()
             await self._forget_hosts()
 
-    async def _finish_batches(self) -> None:
-        """Carry on with the cancelling of batches, and finish those that have nothing left to run."""
-        after = UUID(int=0)
-        while unfinished := await self._list_unfinished(after):
-            for batch_id, total, is_cancelled in unfinished:
-                if is_cancelled:
-                    await self._cancel_queued(batch_id, total)
-            async with self._sessions.begin() as session:
-                await batches.finish(session, [batch_id for batch_id, _, _ in unfinished])
-            after = unfinished[-1][0]
-
-    async def _list_unfinished(self, after: UUID) -> list[tuple[UUID, int, bool]]:
+    async def _cancel_batches(self) -> None:
+        """Cancel what is still in the queue of cancelled batches, chunk by chunk."""
         async with self._sessions.begin() as session:
-            return await batches.list_unfinished(session, after=after, limit=BATCHES_PER_ROUND_MAX)
-
-    async def _cancel_queued(self, batch_id: UUID, total: int) -> None:
-        for start in range(0, total, CANCEL_CHUNK):
+            cancelling = await batches.list_cancelling(session, limit=BATCHES_PER_ROUND_MAX)
+        for batch_id, total in cancelling:
+            for start in range(0, total, CANCEL_CHUNK):
+                async with self._sessions.begin() as session:
+                    await queue.cancel_queued(session, batch_id, start=start, stop=start + CANCEL_CHUNK)
             async with self._sessions.begin() as session:
-                await queue.cancel_queued(session, batch_id, start=start, stop=start + CANCEL_CHUNK)
+                await batches.finish(session, [batch_id])
+
+    async def _finish_batches(self) -> None:
+        """Finish what nobody did: recorders finish batches at once, but may die between the record and that."""
+        async with self._sessions.begin() as session:
+            finishable = await batches.find_finishable(session, limit=BATCHES_PER_ROUND_MAX)
+        if finishable:
+            async with self._sessions.begin() as session:
+                await batches.finish(session, finishable)
 
     async def _erase_batches(self) -> None:
         async with self._sessions.begin() as session:

@@ -71,7 +71,6 @@ def upgrade() -> None:
         sa.Column("sha256", sa.LargeBinary(), nullable=False),
         sa.Column("encoding", sa.Text(), nullable=False),
         sa.Column("content", sa.LargeBinary(), nullable=False),
-        sa.Column("stored_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.CheckConstraint("encoding IN ('identity', 'zstd')", name=op.f("body_encoding_known")),
         sa.CheckConstraint("octet_length(sha256) = 32", name=op.f("body_sha256_whole")),
         sa.PrimaryKeyConstraint("shard", "sha256", name=op.f("body_pkey")),

@@ -528,9 +528,9 @@ class Play(RuleBasedStateMachine):
             self.stage.run(actor.worker.release(lease))
         actor.holds.clear()
         self.stage.change(_rescue_stranded)
-        for batch_id, _, is_cancelled in self.stage.change(batches.list_unfinished, after=UUID(int=0), limit=100):
-            if is_cancelled:
-                self.stage.change(queue.cancel_queued, batch_id, start=0, stop=100)
+        for batch_id, total in self.stage.change(batches.list_cancelling, limit=100):
+            self.stage.change(queue.cancel_queued, batch_id, start=0, stop=total)
+        for batch_id in self.stage.change(batches.find_finishable, limit=100):
             self.stage.run(self.client.finish(batch_id))
 
     def _holds(self) -> list[tuple[Actor, Lease]]:

@@ -1,6 +1,7 @@
 """The queue on a real PostgreSQL: who may claim, what is stored, and what is refused."""
 
 import asyncio
+from dataclasses import replace
 from uuid import UUID, uuid4
 
 import pytest
@@ -266,6 +267,43 @@ async def test_a_job_is_poisoned_only_by_a_crash_while_it_ran_alone(client: Clie
     assert await tallies_equal_the_rows(sessions)
 
 
+async def test_a_suspect_that_is_cleared_while_it_runs_alone_is_not_poisoned(
+    client: Client, sessions: Sessions
+) -> None:
+    """One of its two crashes was none: its worker had only been cut off, as says what it gives back, late."""
+    batch_id = await client.submit("h")
+    cut_off = Worker(sessions)
+    _, early = await cut_off.claim_one()
+    await end_leases(sessions)
+    await Worker(sessions).claim_one()
+    await end_leases(sessions)
+    _, [suspect] = await Worker(sessions).claim_one()
+    async with sessions.begin() as session:
+        assert await queue.run_alone(session, suspect)
+    await cut_off.give_back(early)
+    await end_leases(sessions)
+    _, [again] = await Worker(sessions).claim_one()
+    assert (again.id, again.crashes) == (suspect.id, 2)
+    assert (await client.read(batch_id)).counts.running == 1
+
+
+async def test_a_poisoned_job_keeps_its_crashes(client: Client, sessions: Sessions) -> None:
+    """What is told of a job's end does not change after it, even when the worker comes back."""
+    await client.submit("h")
+    for _ in range(2):
+        await Worker(sessions).claim_one()
+        await end_leases(sessions)
+    cut_off = Worker(sessions)
+    _, [suspect] = await cut_off.claim_one()
+    async with sessions.begin() as session:
+        assert await queue.run_alone(session, suspect)
+    await end_leases(sessions)
+    assert await Worker(sessions).claim() == {}
+    await cut_off.give_back([suspect])
+    async with sessions.begin() as session:
+        assert (await session.execute(text("SELECT error, crashes FROM job"))).all() == [("poisoned", 3)]
+
+
 async def test_a_worker_that_was_only_cut_off_clears_its_jobs_of_the_crash(client: Client, sessions: Sessions) -> None:
     await client.submit("h")
     cut_off, other = Worker(sessions), Worker(sessions)
@@ -352,6 +390,21 @@ async def test_nothing_of_a_cancelled_batch_is_claimed(client: Client, worker: W
     batch = await client.read(batch_id)
     assert (batch.status, batch.counts.queued, batch.counts.running) == ("cancelled", 0, 0)
     assert await tallies_equal_the_rows(sessions)
+
+
+async def test_a_job_cancelled_while_it_waits_for_a_retry_shows_its_attempt_once(
+    client: Client, worker: Worker, sessions: Sessions
+) -> None:
+    batch_id = await client.submit("h")
+    lease, [job] = await worker.claim_one()
+    await worker.record(replace(retry(job, code="http_status"), http_status=503))
+    await worker.release(lease)
+    await client.cancel(batch_id)
+    async with sessions.begin() as session:
+        await queue.cancel_queued(session, batch_id, start=0, stop=1)
+    detail = await client.job(job.id)
+    assert (detail.status, detail.error, detail.http_status) == ("cancelled", "cancelled", None)
+    assert [(attempt.number, attempt.http_status) for attempt in detail.attempts_made] == [(1, 503)]
 
 
 async def test_cancelling_is_idempotent_and_spares_what_is_finished(client: Client, worker: Worker) -> None:

@@ -224,13 +224,14 @@ class Bustle:
         """What upkeep does with unfinished batches."""
         for _ in range(self.steps):
             async with self.sessions.begin() as session:
-                unfinished = await batches.list_unfinished(session, after=UUID(int=0), limit=20)
-            for batch_id, total, is_cancelled in unfinished:
-                if is_cancelled:
-                    async with self.sessions.begin() as session:
-                        await queue.cancel_queued(session, batch_id, start=0, stop=total)
+                cancelling = await batches.list_cancelling(session, limit=20)
+            for batch_id, total in cancelling:
+                async with self.sessions.begin() as session:
+                    await queue.cancel_queued(session, batch_id, start=0, stop=total)
             async with self.sessions.begin() as session:
-                await batches.finish(session, [batch_id for batch_id, _, _ in unfinished])
+                finishable = await batches.find_finishable(session, limit=20)
+            async with self.sessions.begin() as session:
+                await batches.finish(session, finishable)
 
     async def delete(self) -> None:
         for _ in range(self.steps):
@@ -267,7 +268,8 @@ class Bustle:
 
     async def count_unfinished(self) -> int:
         async with self.sessions.begin() as session:
-            return len(await batches.list_unfinished(session, after=UUID(int=0), limit=1_000))
+            unfinished = text("SELECT count(*) FROM batch WHERE finished_at IS NULL")
+            return int(await session.scalar(unfinished) or 0)
 
 
 async def test_nothing_deadlocks_and_nothing_is_lost_when_all_happens_at_once(database_url: str) -> None:

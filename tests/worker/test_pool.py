@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import random
 import time
 from collections import Counter
 from uuid import UUID
@@ -255,3 +256,23 @@ async def test_what_runs_stops_before_the_lease_ends_though_the_renewal_hangs(
                     await asyncio.sleep(0.05)
         site.gate.set()
         assert (await service.finished(batch_id)).counts.succeeded == 1
+
+
+async def test_large_bodies_are_stored_a_few_at_a_time(service: Service) -> None:
+    page = random.Random(1).randbytes(2**20)
+    async with serving(lambda _: (200, {}, page)) as site, service.worker(slots=40, host_concurrency=40):
+        batch_id = await service.submit(*(site.url(f"/{number}") for number in range(80)))
+        batch = await service.finished(batch_id)
+        assert (batch.counts.succeeded, batch.body_bytes) == (80, 80 * 2**20)
+
+
+async def test_a_host_that_refuses_is_tried_by_one_fetch_at_a_time(service: Service) -> None:
+    async with serving() as site:
+        port = site.port
+    async with service.worker():
+        batch_id = await service.submit(*(f"http://127.0.0.1:{port}/{number}" for number in range(40)), max_attempts=10)
+        await service.until(batch_id, lambda batch: batch.counts.running == 0)
+        details = [await service.job(job.id) for job in await service.jobs(batch_id)]
+        assert sum(len(detail.attempts_made) for detail in details) <= 8
+        async with serving(port=port):
+            assert (await service.finished(batch_id)).counts.succeeded == 40

@@ -74,7 +74,14 @@ def test_the_server_may_say_when_by_the_date() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "seconds"), [("99999999999999999999", 3600.0), ("-5", None), ("soon", None), ("٣", None)]
+    ("value", "seconds"),
+    [
+        ("99999999999999999999", 3600.0),
+        ("-5", None),
+        ("soon", None),
+        ("Mon, 99999999999999999999 Jan 2024 00:00:00 GMT", None),
+        ("٣", None),
+    ],
 )
 def test_a_silly_retry_after_is_bounded_or_ignored(value: str, seconds: float | None) -> None:
     assert retry.retry_after_s(response(503, retry_after=value)) == seconds
@@ -89,6 +96,7 @@ def test_a_busy_host_is_left_alone_longer_each_time() -> None:
     assert retry.back_off_s(response(429, retry_after="120"), back_offs=5) == 120
     assert retry.back_off_s(response(500), back_offs=0) is None
     assert retry.back_off_s(Failure(code=FailureCode.READ_TIMEOUT, detail="Silence."), back_offs=0) is None
+    assert retry.back_off_s(Failure(code=FailureCode.CONNECT_REFUSED, detail="Refused."), back_offs=3) == 8
 
 
 def test_accepted_statuses_are_single_ranged_or_by_the_hundred() -> None:
