@@ -114,7 +114,7 @@ async def _serve_until_stopped(settings: Settings, listener: socket.socket) -> N
             serving = group.create_task(server.serve(sockets=[listener]))
             if await server.is_started(serving):
                 running = group.create_task(workers.run())
-                _on_signal(lambda: _stop(api, server, workers))
+                _on_signal(lambda: _stop_as_told(settings, api, server, workers))
                 _greet(settings, port)
                 await asyncio.wait({serving, running}, return_when=asyncio.FIRST_COMPLETED)
                 if not server.should_exit:  # asked again, workers would not finish what they run
@@ -144,6 +144,13 @@ def _make_api(settings: Settings, sessions: Sessions, port: int) -> FastAPI:
         informational_max=settings.informational_max,
         encodings_max=settings.encodings_max,
     )
+
+
+def _stop_as_told(settings: Settings, api: FastAPI, server: "_Server", workers: Processes) -> None:
+    if not server.should_exit:
+        sys.stdout.write(f"Finishing what runs, at most {settings.drain_grace_s:g} s. Once more stops at once.\n")
+        sys.stdout.flush()
+    _stop(api, server, workers)
 
 
 def _stop(api: FastAPI, server: "_Server", workers: Processes) -> None:
@@ -355,6 +362,10 @@ def _check_exposure(settings: Settings) -> None:
 
 
 def _say_what_is_open(settings: Settings) -> None:
+    if settings.api_token is not None and not settings.allowed_hosts:
+        logger.warning(
+            "Only clients that address the service as %s are answered; see FETCHPOOL_ALLOWED_HOSTS", settings.host
+        )
     if settings.allow_networks:
         networks = ", ".join(map(str, settings.allow_networks))
         logger.warning("Fetches may reach non-public networks (FETCHPOOL_ALLOW_NETWORKS): %s", networks)

@@ -37,10 +37,11 @@ INSERT_BATCH = text("""
         :request_sha256, :status, :total, :none, :none, :none, CASE WHEN :status = 'completed' THEN now() END)
 """)
 
+# A microsecond apart, and all of them due: what a claim's index gives first is then what the client gave first.
 INSERT_JOBS = text("""
     INSERT INTO job (shard, id, batch_id, position, host, url, request, custom_id, metadata, repeatable, status, run_at)
     SELECT j.shard, j.id, :batch_id, j.position, j.host, j.url, CAST(j.request AS jsonb), j.custom_id,
-        CAST(j.metadata AS jsonb), j.repeatable, 'queued', now()
+        CAST(j.metadata AS jsonb), j.repeatable, 'queued', now() - make_interval(secs => (:total - j.position) / 1e6)
     FROM unnest(
         CAST(:shards AS smallint[]), CAST(:ids AS uuid[]), CAST(:positions AS int[]), CAST(:hosts AS text[]),
         CAST(:urls AS text[]), CAST(:requests AS text[]), CAST(:custom_ids AS text[]), CAST(:metadatas AS text[]),
@@ -71,7 +72,7 @@ async def enqueue(session: AsyncSession, batch: NewBatch, jobs: Sequence[NewJob]
     """
     await _insert_batch(session, batch, len(jobs))
     for start in range(0, len(jobs), INSERT_ROWS_MAX):
-        await _insert_jobs(session, batch, jobs[start : start + INSERT_ROWS_MAX], start=start)
+        await _insert_jobs(session, batch, jobs[start : start + INSERT_ROWS_MAX], start=start, total=len(jobs))
     totals = Counter(shard_of_host(job.host) for job in jobs)
     await session.execute(
         INSERT_TALLIES, {"batch_id": batch.id, "shards": list(totals), "totals": list(totals.values())}
@@ -103,11 +104,14 @@ async def _insert_batch(session: AsyncSession, batch: NewBatch, total: int) -> N
     )
 
 
-async def _insert_jobs(session: AsyncSession, batch: NewBatch, jobs: Sequence[NewJob], *, start: int) -> None:
+async def _insert_jobs(
+    session: AsyncSession, batch: NewBatch, jobs: Sequence[NewJob], *, start: int, total: int
+) -> None:
     await session.execute(
         INSERT_JOBS,
         {
             "batch_id": batch.id,
+            "total": total,
             "shards": [shard_of_host(job.host) for job in jobs],
             "ids": [new_job_id(job.host) for job in jobs],
             "positions": list(range(start, start + len(jobs))),
@@ -166,7 +170,7 @@ TAKE_JOBS = text(f"""
     UPDATE job SET status = 'running', attempt = attempt + 1, lease = locked.lease, started_at = now()
     FROM locked WHERE job.ctid = locked.place AND job.status = 'queued'
     RETURNING job.shard, job.id, job.batch_id, job.host, job.url, job.request, job.repeatable, job.attempt, job.lost,
-        job.crashes, job.lease
+        job.crashes, job.lease, job.run_at
 """)
 
 
@@ -227,7 +231,23 @@ async def _take(session: AsyncSession, wanted: Sequence[tuple[Lease, int]], *, j
             "jobs_max": jobs_max,
         },
     )
-    return [ClaimedJob(**{**row._mapping, "request": row.request or {}}) for row in result]
+    return [_claimed(row) for row in sorted(result, key=lambda row: row.run_at)]
+
+
+def _claimed(row: Row[Any]) -> ClaimedJob:
+    return ClaimedJob(
+        shard=row.shard,
+        id=row.id,
+        batch_id=row.batch_id,
+        host=row.host,
+        url=row.url,
+        request=row.request or {},
+        repeatable=row.repeatable,
+        attempt=row.attempt,
+        lost=row.lost,
+        crashes=row.crashes,
+        lease=row.lease,
+    )
 
 
 async def _count_moves(session: AsyncSession, keys: Iterable[tallies.Key], *, leaving: str, entering: str) -> set[UUID]:
@@ -391,15 +411,22 @@ RESCUE = text("""
         ON job.shard = lost.shard AND job.host = lost.host
         WHERE job.status = 'running'
         ORDER BY job.shard, job.id FOR UPDATE OF job
+    ), rescued AS (
+        UPDATE job SET
+            lost = lost + 1, crashes = crashes + 1, alone = false, lease = NULL,
+            status = CASE WHEN stranded.error IS NULL THEN 'queued' ELSE 'failed' END,
+            finished_at = CASE WHEN stranded.error IS NULL THEN NULL ELSE now() END,
+            error = stranded.error, http_status = NULL, evidence = NULL,
+            error_detail = CASE stranded.error WHEN 'poisoned' THEN :poisoned WHEN 'worker_crashed' THEN :crashed END
+        FROM stranded WHERE job.shard = stranded.shard AND job.id = stranded.id AND job.status = 'running'
+        RETURNING job.shard, job.id, job.batch_id, job.status, job.attempt, job.started_at, job.error, job.error_detail
+    ), traces AS (
+        INSERT INTO attempt (shard, job_id, number, started_at, finished_at, error, error_detail)
+        SELECT shard, id, attempt, started_at, now(), coalesce(error, 'lease_lost'),
+            coalesce(error_detail, 'The worker was lost while it had this job, which it may have fetched.')
+        FROM rescued
     )
-    UPDATE job SET
-        lost = lost + 1, crashes = crashes + 1, alone = false, lease = NULL,
-        status = CASE WHEN stranded.error IS NULL THEN 'queued' ELSE 'failed' END,
-        finished_at = CASE WHEN stranded.error IS NULL THEN NULL ELSE now() END,
-        error = stranded.error, http_status = NULL, evidence = NULL,
-        error_detail = CASE stranded.error WHEN 'poisoned' THEN :poisoned WHEN 'worker_crashed' THEN :crashed END
-    FROM stranded WHERE job.shard = stranded.shard AND job.id = stranded.id AND job.status = 'running'
-    RETURNING job.shard, job.batch_id, job.status, job.error
+    SELECT shard, batch_id, status, error FROM rescued
 """)
 
 CRASHED_DETAIL = (

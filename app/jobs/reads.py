@@ -320,7 +320,7 @@ def _last_attempt(row: Row[Any]) -> list[Attempt]:
 
 
 def _numbered(attempts: list[Attempt]) -> list[Attempt]:
-    """Count the attempts clients are told of; those lost with their worker left no trace but a gap in the numbers."""
+    """Count the attempts clients are told of, from 1; those put back before they started are not among them."""
     return [replace(attempt, number=number) for number, attempt in enumerate(attempts, start=1)]
 
 

@@ -83,7 +83,7 @@ STATEMENTS: list[tuple[str, TextClause, Mapping[str, Any]]] = [
         },
     ),
     ("give back", queue.GIVE_BACK, JOB),
-    ("rescue", queue.RESCUE, {**HOST, "poisoned": "alone", "crashed": "lost"}),
+    ("rescue", queue.RESCUE, {**HOST, "suspect": 2, "poisoned": "alone", "crashed": "lost"}),
     ("cancel", queue.CANCEL_QUEUED, {"batch_id": uuid4(), "start": 0, "stop": 100}),
     ("change tallies", tallies.CHANGE, {"shards": [1], "batch_ids": [uuid4()], **COUNTS}),
     ("erase jobs", batches.ERASE_JOBS, {"batch_id": uuid4(), "limit": 100}),

@@ -231,6 +231,8 @@ async def test_the_jobs_of_a_lost_lease_are_rescued_uncharged(
     await end_leases(sessions)
     _, jobs = await Worker(sessions).claim_one()
     assert {(job.attempt, job.lost) for job in jobs} == {(2, 1)}
+    detail = await client.job(jobs[0].id)
+    assert (detail.attempts, [attempt.error for attempt in detail.attempts_made]) == (1, ["lease_lost"])
     assert await tallies_equal_the_rows(sessions)
 
 
