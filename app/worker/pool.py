@@ -131,9 +131,10 @@ class Pool:
         await self._drop_cancelled()
         await self._beat()
         await self._give_back()
-        await self._release()
         if self._drain_by is None:
             await self._refill()
+        await self._release()  # right after the look for more, which hints of new work would otherwise ask for again
+        if self._drain_by is None:
             await self._claim()
         await self._learn_options()
         await self._start_suspect()
