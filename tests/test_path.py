@@ -30,23 +30,28 @@ def answer(path: str) -> web.Answer:
 
 async def test_the_path_of_a_batch(data_dir: Path) -> None:
     async with web.serving(answer) as site, serving(data_dir) as service:
-        batch = await _submit(service, site)
-        path = f"/v1/batches/{batch['id']}"
-        await site.wait_for_hits(3)
-        await _poll_while_it_runs(service, path)
-        site.gate.set()
-        waited = await service.call("GET", path, headers={"Prefer": "wait=30"})
-        finished = waited.json()
-        assert finished["status"] == "completed"
-        assert finished["counts"] == {
-            "total": 3, "queued": 0, "running": 0, "succeeded": 2, "failed": 1, "cancelled": 0
-        }  # fmt: skip
-        assert (finished["errors"], finished["http_statuses"]) == ({"http_status": 1}, {"200": 2, "404": 1})
-        again = await service.call("GET", path, headers={"If-None-Match": waited.headers["ETag"]})
-        assert again.status_code == 304
-        await _read_jobs(service, site, batch["id"])
-        await _read_results(service, path)
-        await _delete(service, path)
+        await follow_a_batch(service, site)
+
+
+async def follow_a_batch(service: Service, site: web.Site) -> None:
+    """The story itself, for other tests to tell on other databases; the site answers by `answer`."""
+    batch = await _submit(service, site)
+    path = f"/v1/batches/{batch['id']}"
+    await site.wait_for_hits(3)
+    await _poll_while_it_runs(service, path)
+    site.gate.set()
+    waited = await service.call("GET", path, headers={"Prefer": "wait=30"})
+    finished = waited.json()
+    assert finished["status"] == "completed"
+    assert finished["counts"] == {
+        "total": 3, "queued": 0, "running": 0, "succeeded": 2, "failed": 1, "cancelled": 0
+    }  # fmt: skip
+    assert (finished["errors"], finished["http_statuses"]) == ({"http_status": 1}, {"200": 2, "404": 1})
+    again = await service.call("GET", path, headers={"If-None-Match": waited.headers["ETag"]})
+    assert again.status_code == 304
+    await _read_jobs(service, site, batch["id"])
+    await _read_results(service, path)
+    await _delete(service, path)
 
 
 async def _submit(service: Service, site: web.Site) -> dict[str, object]:

@@ -311,9 +311,11 @@ async def _first_of_key(session: AsyncSession, new: NewBatch) -> reads.Batch | N
     """
     if new.idempotency_key is None:
         return None
-    if not await batches.lock_key(session, new.idempotency_key):
-        raise Problem(problems.IDEMPOTENCY_KEY_IN_USE, headers=RETRY_AFTER)
     found = await batches.find_by_key(session, new.idempotency_key)
+    if found is None:
+        if not await batches.lock_key(session, new.idempotency_key):
+            raise Problem(problems.IDEMPOTENCY_KEY_IN_USE, headers=RETRY_AFTER)
+        found = await batches.find_by_key(session, new.idempotency_key)
     if found is None:
         return None
     batch_id, request_sha256 = found

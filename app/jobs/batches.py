@@ -17,18 +17,26 @@ FREE_OLD_KEY = text("""
     UPDATE batch SET idempotency_key = NULL
     WHERE idempotency_key = :key AND (created_at < now() - make_interval(secs => :kept_s) OR deleted_at IS NOT NULL)
 """)
-BY_KEY = text("SELECT id, request_sha256 FROM batch WHERE idempotency_key = :key")
+BY_KEY = text("""
+    SELECT id, request_sha256 FROM batch
+    WHERE idempotency_key = :key AND created_at >= now() - make_interval(secs => :kept_s) AND deleted_at IS NULL
+""")
 
 
 async def lock_key(session: AsyncSession, key: str) -> bool:
-    """Take an Idempotency-Key for the rest of the transaction; `False` when another request is at it just now."""
-    return bool(await session.scalar(LOCK_KEY, {"key": key}))
+    """Take an Idempotency-Key for the rest of the transaction, from a batch that no longer has a right to it too.
+
+    `False` when another request is at it just now.
+    """
+    if not await session.scalar(LOCK_KEY, {"key": key}):
+        return False
+    await session.execute(FREE_OLD_KEY, {"key": key, "kept_s": IDEMPOTENCY_KEPT_S})
+    return True
 
 
 async def find_by_key(session: AsyncSession, key: str) -> tuple[UUID, bytes] | None:
-    """Return the batch made under this key in the last 24 hours and the hash of its request; lock the key before."""
-    await session.execute(FREE_OLD_KEY, {"key": key, "kept_s": IDEMPOTENCY_KEPT_S})
-    row = (await session.execute(BY_KEY, {"key": key})).first()
+    """Return the batch made under this key in the last 24 hours, and the hash of its request."""
+    row = (await session.execute(BY_KEY, {"key": key, "kept_s": IDEMPOTENCY_KEPT_S})).first()
     return (row.id, row.request_sha256) if row is not None else None
 
 

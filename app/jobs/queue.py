@@ -289,9 +289,9 @@ RECORD_JOBS = text("""
         SELECT shard, id, attempt, started_at, now(), error, error_detail, http_status, evidence
         FROM recorded WHERE status = 'queued'
     )
-    SELECT shard, id, true AS is_new FROM recorded
+    SELECT shard, id, attempt, true AS is_new FROM recorded
     UNION ALL
-    SELECT shard, id, false FROM locked WHERE left_status <> 'running'
+    SELECT shard, id, attempt, false FROM locked WHERE left_status <> 'running'
 """)
 
 # The update of a row that is there already is never done, but locks the row: no erasure takes the body away under this
@@ -311,8 +311,9 @@ async def record(session: AsyncSession, results: Sequence[Result]) -> Recorded:
     A result that this caller stored before (its commit was not confirmed) counts as stored.
     """
     rows = (await session.execute(RECORD_JOBS, _result_arrays(results))).all()
-    new = {(row.shard, row.id) for row in rows if row.is_new}
-    stored = [result for result in results if (result.job.shard, result.job.id) in new]
+    # By attempt too: a worker that lost a lease and got it again may offer two attempts of one job at once.
+    new = {(row.shard, row.id, row.attempt) for row in rows if row.is_new}
+    stored = [result for result in results if (result.job.shard, result.job.id, result.job.attempt) in new]
     await _store_bodies(session, stored)
     changes: dict[tallies.Key, Change] = defaultdict(Change)
     outcomes: Counter[HistogramKey] = Counter()

@@ -269,6 +269,23 @@ async def test_a_job_is_poisoned_only_by_a_crash_while_it_ran_alone(client: Clie
     assert await tallies_equal_the_rows(sessions)
 
 
+async def test_a_late_result_that_is_offered_with_the_next_attempts_counts_for_nothing(
+    client: Client, worker: Worker, sessions: Sessions
+) -> None:
+    """As by a worker that slept past its lease, claimed the same host again, and then stores what it had and has."""
+    batch_id = await client.submit("h", "h", "h")
+    _, early = await worker.claim_one()
+    await end_leases(sessions)
+    _, late = await worker.claim_one()
+    recorded = await worker.record(failure(early[0]), success(early[1], b"old"), *(success(job) for job in late[:2]))
+    assert recorded.count == 2
+    seen = await client.read(batch_id)
+    assert (seen.counts.succeeded, seen.counts.running, seen.errors) == (2, 1, {})
+    assert await tallies_equal_the_rows(sessions)
+    async with sessions.begin() as session:
+        assert await session.scalar(text("SELECT count(*) FROM body")) == 1
+
+
 async def test_a_suspect_that_is_cleared_while_it_runs_alone_is_not_poisoned(
     client: Client, sessions: Sessions
 ) -> None:
