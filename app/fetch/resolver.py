@@ -35,8 +35,9 @@ TTL_S_MAX = 300.0
 NEGATIVE_TTL_S = 5.0
 """How long a name stays absent. c-ares does not show the TTL that RFC 2308 asks for, so it is short."""
 
-STRAGGLER_S = 1.0
-"""How long the slower of A and AAAA is waited for once the other settled it: some servers never answer AAAA."""
+STRAGGLER_S = 2.0
+"""How long the slower of A and AAAA is waited for once the other settled it: some servers never answer AAAA. It covers
+one packet that was lost and sent again."""
 
 CHANNEL_LOOKUPS_MAX = 10_000
 CHANNEL_S_MAX = 60.0
