@@ -148,8 +148,9 @@ def _make_api(settings: Settings, sessions: Sessions, port: int) -> FastAPI:
 
 def _stop_as_told(settings: Settings, api: FastAPI, server: "_Server", workers: Processes) -> None:
     if not server.should_exit:
-        sys.stdout.write(f"Finishing what runs, at most {settings.drain_grace_s:g} s. Once more stops at once.\n")
-        sys.stdout.flush()
+        with suppress(OSError):  # whoever read it may be gone, and that must not keep the service from stopping
+            sys.stdout.write(f"Finishing what runs, at most {settings.drain_grace_s:g} s. Once more stops at once.\n")
+            sys.stdout.flush()
     _stop(api, server, workers)
 
 

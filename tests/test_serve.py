@@ -237,3 +237,10 @@ async def test_a_database_of_ones_own_is_used_and_no_other_started(
         batch = await service.post([site])
         assert (await service.finished(batch["id"]))["counts"]["succeeded"] == 1
         assert not data_dir.exists()
+
+
+async def test_a_service_stops_though_nobody_reads_what_it_says(data_dir: Path) -> None:
+    async with serving(data_dir) as service:
+        transport = service.process._transport.get_pipe_transport(1)  # type: ignore[attr-defined]
+        transport.close()
+        assert await service.stop() == 0
