@@ -363,7 +363,7 @@ async def retry_after(whole: Whole) -> Outcome:
         await whole.service.finished(batch["id"])
         [job] = await whole.service.jobs(batch["id"])
     assert job["attempts"] == 2
-    assert 7.0 <= asked_at[1] - asked_at[0] < 9.5
+    assert 7.0 <= asked_at[1] - asked_at[0] < 8.4
     return Response(status=job["http_status"], headers=(), body=b"", final_url="")
 
 
