@@ -89,6 +89,9 @@ RETRYABLE = frozenset(
 
 RETRYABLE_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that change nothing (RFC 9110, 9.2.1): they are sent again freely."""
+
 MEANINGS: Mapping[FailureCode, str] = {
     FailureCode.INVALID_URL: "The URL cannot be read: control characters, a backslash, too long, no host.",
     FailureCode.SCHEME_NOT_ALLOWED: "Neither http nor https, also by way of a redirect.",

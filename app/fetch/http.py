@@ -9,15 +9,14 @@ import logging
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import quote
-
-import httpx2
 
 from app.fetch.decoding import ACCEPT_ENCODING, codings, decode
 from app.fetch.limits import Failed, Limits
 from app.fetch.policy import Policy, Refused, Target, check_headers, check_method, check_url, follow
-from app.fetch.transport import SAFE_METHODS, Body, Request, Trace, Transport
-from app.outcome import Evidence, Failure, FailureCode, Hop, Outcome, Response
+from app.fetch.transport import Answer, RawFields, Request, Trace, Transport
+from app.outcome import SAFE_METHODS, Evidence, Failure, FailureCode, Hop, Outcome, Response
 
 __all__ = ["FetchRequest", "Limits", "fetch"]
 
@@ -117,9 +116,9 @@ async def _follow_redirects(
             location = _location(answer) if request.follow_redirects else None
             if location is None:
                 return await _receive(step, answer, request.limits, transport=transport, trace=trace)
-            await _body(answer).skim(bytes_max=SKIM_BYTES_MAX, within_s=SKIM_S)
+            await answer.body.skim(bytes_max=SKIM_BYTES_MAX, within_s=SKIM_S)
         finally:
-            await _body(answer).aclose()
+            answer.body.close()
         if len(trace.redirects) >= hops_max:
             raise Failed(FailureCode.TOO_MANY_REDIRECTS, f"There were more than {hops_max} redirects.")
         trace.next_hop(Hop(step.target.url, answer.status_code))
@@ -128,19 +127,18 @@ async def _follow_redirects(
             await move(step.target.host)
 
 
-async def _send(step: Step, limits: Limits, transport: Transport, *, trace: Trace) -> httpx2.Response:
+async def _send(step: Step, limits: Limits, transport: Transport, *, trace: Trace) -> Answer:
     """Send one request and wait for the head of its answer."""
-    headers = _all_headers(step, transport.user_agent)
-    request = Request(step.method, step.target, headers=headers, content=step.body or b"", limits=limits, trace=trace)
+    fields = _fields(step, transport.user_agent)
+    request = Request(step.method, step.target, fields=fields, content=step.body or b"", limits=limits, trace=trace)
     return await transport.handle_async_request(request)
 
 
 async def _receive(
-    step: Step, answer: httpx2.Response, limits: Limits, *, transport: Transport, trace: Trace
+    step: Step, answer: Answer, limits: Limits, *, transport: Transport, trace: Trace
 ) -> Response:
     """Read and decode the body of the final answer."""
-    body = _body(answer)
-    headers = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in answer.headers.raw)
+    body, headers = answer.body, answer.fields
     applied = codings(_values(headers, "content-encoding"), encodings_max=limits.encodings_max) if body.expected else ()
     decoded = await decode(
         await body.read(), applied, body_bytes_max=limits.body_bytes_max, decoders=transport.decoders
@@ -163,16 +161,16 @@ def _first_step(request: FetchRequest, policy: Policy) -> Step:
     return Step(check_url(request.url, policy), method, request.headers, request.body)
 
 
-def _location(answer: httpx2.Response) -> str | None:
+def _location(answer: Answer) -> str | None:
     """Say where an answer redirects to, `None` if nowhere. Raise `Failed` when it names several places or none."""
     if answer.status_code not in REDIRECT_STATUSES:
         return None
-    values = [value for name, value in answer.headers.raw if name.lower() == b"location"]
+    values = _values(answer.fields, "location")
     if not values:
         return None
     if len(values) > 1 or not values[0]:
         raise Failed(FailureCode.REDIRECT_INVALID, "The redirect has an empty Location, or more than one.")
-    return _text(values[0])
+    return _text(values[0].encode("latin-1"))
 
 
 def _text(location: bytes) -> str:
@@ -216,27 +214,30 @@ def _origin(target: Target) -> tuple[str, str, int]:
     return target.scheme, target.hostname, target.port
 
 
-def _all_headers(step: Step, user_agent: str) -> list[tuple[str, str]]:
+def _fields(step: Step, user_agent: str) -> RawFields:
     """Add our own headers where the caller has none, and the length of the body."""
-    named = {name.lower() for name, _ in step.headers}
-    headers = [(name, value) for name, value in _defaults(user_agent) if name.lower() not in named]
-    headers += step.headers
-    if step.body is not None or step.method in METHODS_WITH_BODY:
-        headers.append(("Content-Length", str(len(step.body or b""))))
-    return headers
+    has_body = step.body is not None or step.method in METHODS_WITH_BODY
+    if not step.headers and not has_body:
+        return _defaults(user_agent)
+    fields = [(name.encode("ascii"), value.encode("ascii")) for name, value in step.headers]
+    named = {name.lower() for name, _ in fields}
+    fields = [field for field in _defaults(user_agent) if field[0].lower() not in named] + fields
+    if has_body:
+        fields.append((b"Content-Length", b"%d" % len(step.body or b"")))
+    return fields
 
 
-def _defaults(user_agent: str) -> Headers:
-    return ("User-Agent", user_agent), ("Accept", "*/*"), ("Accept-Encoding", ACCEPT_ENCODING)
+@lru_cache(maxsize=8)
+def _defaults(user_agent: str) -> RawFields:
+    return (
+        (b"User-Agent", user_agent.encode("ascii")),
+        (b"Accept", b"*/*"),
+        (b"Accept-Encoding", ACCEPT_ENCODING.encode("ascii")),
+    )
 
 
 def _values(headers: Headers, wanted: str) -> list[str]:
     return [value for name, value in headers if name.lower() == wanted]
-
-
-def _body(answer: httpx2.Response) -> Body:
-    assert isinstance(answer.stream, Body)
-    return answer.stream
 
 
 def _failure(code: FailureCode, detail: str, trace: Trace) -> Failure:

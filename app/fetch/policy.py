@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 from typing import NoReturn
 from urllib.parse import quote
@@ -20,6 +21,8 @@ from app.outcome import FailureCode
 URL_CHARACTERS_MAX = 8_192
 HOST_CHARACTERS_MAX = 253  # RFC 1035, 2.3.4: 255 octets on the wire
 LABEL_CHARACTERS_MAX = 63  # RFC 1035, 2.3.4
+ORIGINS_MAX = 4_096
+"""Origins kept as judged: of many URLs of one host, all but the first cost a third."""
 HEADERS_MAX = 100
 HEADERS_BYTES_MAX = 32 * 2**10
 
@@ -103,7 +106,7 @@ class Refused(Exception):
         return f"{self.code}: {self.detail}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Policy:
     """What the operator decided: networks opened to fetches, and what is this service itself.
 
@@ -142,11 +145,7 @@ def check_url(url: str, policy: Policy) -> Target:
     """
     if len(url) > URL_CHARACTERS_MAX:
         _refuse(FailureCode.INVALID_URL, f"The URL is longer than {URL_CHARACTERS_MAX} characters; shorten it.")
-    target = _plain_target(url) or _careful_target(url)
-    _check_name(target, policy)
-    if target.is_literal:
-        check_addresses(target, (target.hostname,), policy)
-    return target
+    return _plain_target(url, policy) or _careful_target(url, policy)
 
 
 def check_method(method: str) -> str:
@@ -206,7 +205,7 @@ def follow(target: Target, location: str, policy: Policy) -> Target:
     return check_url(location if _SCHEME.match(location) else _resolved(target, location), policy)
 
 
-def _plain_target(url: str) -> Target | None:
+def _plain_target(url: str, policy: Policy) -> Target | None:
     match = _PLAIN_URL.fullmatch(url)
     if match is None:
         return None
@@ -215,25 +214,38 @@ def _plain_target(url: str) -> Target | None:
         return None
     if path_query[0] == "?":
         path_query = f"/{path_query}"
-    return Target(f"{scheme}://{hostname}{path_query}", scheme, hostname, DEFAULT_PORTS[scheme], path_query, hostname)
+    target = Target(f"{scheme}://{hostname}{path_query}", scheme, hostname, DEFAULT_PORTS[scheme], path_query, hostname)
+    _check_name(target, policy)
+    return target
 
 
-def _careful_target(url: str) -> Target:
+def _careful_target(url: str, policy: Policy) -> Target:
     if _NEVER_IN_A_URL.search(url):
         _refuse(FailureCode.INVALID_URL, "The URL has a space, control character or backslash; percent-encode it.")
     scheme, rest = _split_scheme(url)
     authority, path_query = _split_authority(rest)
+    origin = _origin(scheme, authority, policy)
+    path_query = quote(path_query, safe=_TARGET_SAFE)
+    normalised = f"{scheme}://{origin.host}{path_query}"
+    if len(normalised) > URL_CHARACTERS_MAX:
+        _refuse(FailureCode.INVALID_URL, f"The URL, encoded, is longer than {URL_CHARACTERS_MAX} characters.")
+    return Target(normalised, scheme, origin.hostname, origin.port, path_query, origin.host, origin.is_literal)
+
+
+@lru_cache(maxsize=ORIGINS_MAX)
+def _origin(scheme: str, authority: str, policy: Policy) -> Target:
+    """Take an authority apart and judge it; the target is that of the path `/`."""
     host_text, port = _split_port(authority)
     hostname, is_literal = _ipv6(host_text) if host_text[0] == "[" else _name_or_ipv4(host_text)
     host = f"[{hostname}]" if ":" in hostname else hostname
     port = port or DEFAULT_PORTS[scheme]
     if port != DEFAULT_PORTS[scheme]:
         host = f"{host}:{port}"
-    path_query = quote(path_query, safe=_TARGET_SAFE)
-    normalised = f"{scheme}://{host}{path_query}"
-    if len(normalised) > URL_CHARACTERS_MAX:
-        _refuse(FailureCode.INVALID_URL, f"The URL, encoded, is longer than {URL_CHARACTERS_MAX} characters.")
-    return Target(normalised, scheme, hostname, port, path_query, host, is_literal)
+    target = Target(f"{scheme}://{host}/", scheme, hostname, port, "/", host, is_literal)
+    _check_name(target, policy)
+    if is_literal:
+        check_addresses(target, (hostname,), policy)
+    return target
 
 
 def _split_scheme(url: str) -> tuple[str, str]:

@@ -256,7 +256,7 @@ async def test_a_body_that_is_not_read_costs_the_connection() -> None:
         for _ in range(2):
             target = check_url(server.url(), LOOPBACK)
             trace = Trace(asyncio.get_running_loop().time())
-            request = Request("GET", target, headers=(), content=b"", limits=LIMITS, trace=trace)
+            request = Request("GET", target, fields=(), content=b"", limits=LIMITS, trace=trace)
             answer = await transport.handle_async_request(request)
             await answer.aclose()
             assert answer.status_code == 200
@@ -270,7 +270,7 @@ async def test_it_is_an_httpx_transport() -> None:
         answer = await transport.handle_async_request(httpx2.Request("GET", target.url, extensions=extensions))
         assert isinstance(answer.stream, Body)
         assert await answer.aread() == b"through httpx"
-        request = Request("GET", target, headers=(), content=b"", limits=LIMITS, trace=Trace(0.0))
+        request = Request("GET", target, fields=(), content=b"", limits=LIMITS, trace=Trace(0.0))
         assert request.url == httpx2.URL(target.url)
 
 
