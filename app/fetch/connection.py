@@ -33,6 +33,8 @@ class Connection(asyncio.BufferedProtocol):
         self._heard_at = 0.0
         self._unsent_bytes = 0
         self.closed = True  # until it is made
+        self.secure: ssl.SSLObject | None = None
+        """The TLS of it, until its session is kept."""
         self.remote_address: str | None = None
         self.connect_ms: float | None = None
         self.tls_ms: float | None = None

@@ -134,9 +134,7 @@ async def _send(step: Step, limits: Limits, transport: Transport, *, trace: Trac
     return await transport.handle_async_request(request)
 
 
-async def _receive(
-    step: Step, answer: Answer, limits: Limits, *, transport: Transport, trace: Trace
-) -> Response:
+async def _receive(step: Step, answer: Answer, limits: Limits, *, transport: Transport, trace: Trace) -> Response:
     """Read and decode the body of the final answer."""
     body, headers = answer.body, answer.fields
     applied = codings(_values(headers, "content-encoding"), encodings_max=limits.encodings_max) if body.expected else ()

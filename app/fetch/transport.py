@@ -253,6 +253,9 @@ class Transport(httpx2.AsyncBaseTransport):
 
     def release(self, connection: Connection, place: Place) -> None:
         """Take a connection back after an exchange: keep it for the next one, or abort it."""
+        if connection.secure is not None:
+            self._context.keep_session(connection.secure)
+            connection.secure = None
         kept = self._idle.setdefault(place.host, [])
         if self._closed or not connection.reusable or len(kept) >= self._idle_per_host_max:
             connection.abort()
@@ -350,7 +353,12 @@ class Transport(httpx2.AsyncBaseTransport):
         started_at = loop.time()
         connected = await _connect_socket(address, target.port)
         connected_at = loop.time()
-        connection = await self._adopt(connected, target)
+        try:
+            connection = await self._adopt(connected, target)
+        except Failed:
+            if not self._context.forget_session(target.hostname):
+                raise
+            return await self._dial(address, target)
         connection.connect_ms = _ms(started_at, connected_at)
         connection.tls_ms = _ms(connected_at, loop.time()) if target.scheme == "https" else None
         connection.remote_address = address if is_public(parse(address)) else None
@@ -377,10 +385,10 @@ class Transport(httpx2.AsyncBaseTransport):
             connection.abort()  # asyncio would first wait for the server's farewell
             connected.close()
             raise
-        session: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
-        if session is not None:
-            connection.tls_version = session.version()
-            connection.tls_expires_at = expires_at(session)
+        connection.secure = transport.get_extra_info("ssl_object")
+        if connection.secure is not None:
+            connection.tls_version = connection.secure.version()
+            connection.tls_expires_at = expires_at(connection.secure)
         return connection
 
 

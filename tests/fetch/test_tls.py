@@ -9,8 +9,10 @@ from pathlib import Path
 import httptools
 import pytest
 
+from app.fetch import tls
 from app.fetch.http import FetchRequest, fetch
 from app.fetch.tls import VERIFY_CODES, explain, make_context
+from app.fetch.transport import Transport
 from app.outcome import Failure, FailureCode, Outcome, Response
 from tests.fetch.authorities import Authority, make_authority
 from tests.fetch.servers import LIMITS, Visit, always, asking, page, redirect, serve, transport_to
@@ -174,6 +176,77 @@ async def test_handshakes_cut_short_leak_nothing(host: str, tmp_path: Path, auth
 
 def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def resumed(server_context: ssl.SSLContext, transport: Transport, *hosts: str) -> list[bool]:
+    """Fetch from each host in turn, each time over a connection of its own; say which resumed a session."""
+    seen = []
+
+    async def script(visit: Visit) -> None:
+        seen.append(visit.writer.get_extra_info("ssl_object").session_reused)
+        await visit.asked()
+        visit.send(page(b"hello", "Connection: close"))
+
+    async with serve(script, context=server_context) as server:
+        for host in hosts:
+            response = await fetch(asking(server.url(host=host)), transport=transport)
+            assert isinstance(response, Response)
+            assert response.evidence.tls_expires_at is not None
+    return seen
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_a_session_is_resumed_under_its_own_name_only(
+    tmp_path: Path, authority: Authority, version: ssl.TLSVersion
+) -> None:
+    context = authority.serving("good.example", "other.example")
+    context.maximum_version = version
+    async with transport_to(NAMES, folder=tmp_path, ca_file=authority.file) as transport:
+        hosts = ("good.example", "good.example", "other.example", "good.example")
+        assert await resumed(context, transport, *hosts) == [False, True, False, True]
+
+
+async def test_a_session_is_resumed_for_a_while_only(
+    tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls, "SESSION_S", -1.0)
+    async with transport_to(NAMES, folder=tmp_path, ca_file=authority.file) as transport:
+        assert await resumed(authority.serving("good.example"), transport, *["good.example"] * 2) == [False, False]
+
+
+async def test_a_handshake_that_fails_with_a_session_is_tried_without(tmp_path: Path, authority: Authority) -> None:
+    async with transport_to(NAMES, folder=tmp_path, ca_file=authority.file) as transport:
+        context = authority.serving("good.example")
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
+        await resumed(context, transport, "good.example")
+        visits = 0
+
+        async def refuse_first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal visits
+            visits += 1
+            if visits == 1:
+                writer.transport.abort()
+                return
+            await writer.start_tls(context)
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(page(b"hello", "Connection: close"))
+            writer.close()
+
+        server = await asyncio.start_server(refuse_first, "127.0.0.1", 0)
+        async with server:
+            url = f"https://good.example:{server.sockets[0].getsockname()[1]}/"
+            assert isinstance(await fetch(asking(url), transport=transport), Response)
+    assert visits == 2
+
+
+async def test_only_so_many_sessions_are_kept(
+    tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls, "SESSIONS_MAX", 1)
+    async with transport_to(NAMES, folder=tmp_path, ca_file=authority.file) as transport:
+        hosts = ("good.example", "other.example", "good.example")
+        context = authority.serving("good.example", "other.example")
+        assert await resumed(context, transport, *hosts) == [False, False, False]
 
 
 def test_the_context_verifies_and_speaks_no_old_version() -> None:
