@@ -4,6 +4,7 @@ The only place where the parts meet. It decides in which order they start and st
 """
 
 import asyncio
+import gc
 import ipaddress
 import itertools
 import logging
@@ -15,12 +16,20 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from pathlib import Path
 from uuid import uuid4
 
 import uvicorn
 from fastapi import FastAPI
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app import __version__
 from app.api.application import create_app, stop_waiting
@@ -30,7 +39,8 @@ from app.fetch.policy import Policy
 from app.fetch.resolver import Resolver
 from app.fetch.transport import Transport
 from app.jobs import embedded
-from app.jobs.database import DATABASE_ERRORS, Sessions, listen, make_engine, make_sessions, migrate
+from app.jobs.database import DATABASE_ERRORS, listen, make_engine, make_readers, make_sessions, migrate
+from app.jobs.silence import watching
 from app.jobs.workers import Identity
 from app.settings import Settings
 from app.worker.pool import Pool, PoolSettings
@@ -42,8 +52,10 @@ WORKER_CONNECTIONS = 5
 SPARE_CONNECTIONS = 30
 """For workers' hints, migrations, and people with psql."""
 
-CLIENTS_MAX = 2_000
 BACKLOG = 2_048
+API_SWITCH_S = 0.001
+"""How long the thread that checks a large batch keeps the loop waiting whenever the loop has let it run; Python's own
+5 ms, several times in one turn of the loop, held polls up for 0.1 s."""
 API_GRACE_S = 5
 """What requests under way get at shutdown."""
 
@@ -106,14 +118,15 @@ async def migrate_database(settings: Settings) -> None:
 async def _serve_until_stopped(settings: Settings, listener: socket.socket) -> None:
     port: int = listener.getsockname()[1]
     engine = make_engine(_database_url(settings), pgbouncer=settings.pgbouncer, pool_size=API_CONNECTIONS)
-    api = _make_api(settings, make_sessions(engine), port)
+    api = _make_api(settings, engine, port)
     server = _Server(_uvicorn_config(api))
     workers = _make_workers(settings, port)
     try:
-        async with asyncio.TaskGroup() as group:
+        async with _watched(engine, settings), asyncio.TaskGroup() as group:
             serving = group.create_task(server.serve(sockets=[listener]))
             if await server.is_started(serving):
                 running = group.create_task(workers.run())
+                _keep_loop_free()
                 _on_signal(lambda: _stop_as_told(settings, api, server, workers))
                 _greet(settings, port)
                 await asyncio.wait({serving, running}, return_when=asyncio.FIRST_COMPLETED)
@@ -125,9 +138,11 @@ async def _serve_until_stopped(settings: Settings, listener: socket.socket) -> N
         raise CannotRun("The API could not start; the log says why.")
 
 
-def _make_api(settings: Settings, sessions: Sessions, port: int) -> FastAPI:
+def _make_api(settings: Settings, engine: AsyncEngine, port: int) -> FastAPI:
+    sessions = make_sessions(engine)
     return create_app(
         sessions=sessions,
+        readers=sessions if settings.pgbouncer else make_readers(engine),
         policy=_make_policy(settings, port),
         version=__version__,
         host=settings.host,
@@ -144,6 +159,14 @@ def _make_api(settings: Settings, sessions: Sessions, port: int) -> FastAPI:
         informational_max=settings.informational_max,
         encodings_max=settings.encodings_max,
     )
+
+
+def _keep_loop_free() -> None:
+    """Let nothing else in this process hold the API's loop for long."""
+    sys.setswitchinterval(API_SWITCH_S)
+    # What was made by now stays: without this, each full pass of the garbage collector goes over it, for 0.1 s.
+    gc.collect()
+    gc.freeze()
 
 
 def _stop_as_told(settings: Settings, api: FastAPI, server: "_Server", workers: Processes) -> None:
@@ -197,7 +220,6 @@ def _uvicorn_config(api: FastAPI) -> uvicorn.Config:
         server_header=False,
         # No proxy is trusted to name the client or the scheme: nothing here depends on them.
         proxy_headers=False,
-        limit_concurrency=CLIENTS_MAX,
         timeout_graceful_shutdown=API_GRACE_S,
     )
 
@@ -241,11 +263,13 @@ async def _work_until_stopped(settings: Settings, transport: Transport, *, of_a_
     pool = Pool(sessions=sessions, transport=transport, identity=_identity(settings), settings=_pool_settings(settings))
     stops = itertools.chain([pool.drain], itertools.repeat(pool.stop))
     _on_signal(lambda: next(stops)())
+    if not of_a_service:
+        _greet_worker(settings)
     if of_a_service:
         _on_closed_stdin(pool.drain)
     try:
-        async with asyncio.TaskGroup() as group:
-            beside = [group.create_task(Upkeep(sessions).run())]
+        async with _watched(engine, settings), asyncio.TaskGroup() as group:
+            beside = [group.create_task(Upkeep(sessions, lease_s=settings.lease_s).run())]
             if not settings.pgbouncer:
                 beside.append(group.create_task(_hear_hints(_database_url(settings), pool.wake)))
             await pool.run()
@@ -253,6 +277,13 @@ async def _work_until_stopped(settings: Settings, transport: Transport, *, of_a_
                 task.cancel()
     finally:
         await engine.dispose()
+
+
+def _greet_worker(settings: Settings) -> None:
+    sys.stdout.write(
+        f"Fetchpool {__version__}: this worker is ready, with {settings.slots} slots.\nStop it with Ctrl-C.\n"
+    )
+    sys.stdout.flush()
 
 
 async def _hear_hints(url: str, wake: Callable[[], None]) -> None:
@@ -426,6 +457,11 @@ async def _with_database(settings: Settings) -> AsyncIterator[Settings]:
 
 async def _migrate(settings: Settings) -> None:
     await migrate(_database_url(settings), pgbouncer=settings.pgbouncer)
+
+
+def _watched(engine: AsyncEngine, settings: Settings) -> AbstractAsyncContextManager[None]:
+    """Have connections ended that died without a word, where that can be told."""
+    return nullcontext() if settings.pgbouncer else watching(engine, _database_url(settings))
 
 
 def _database_url(settings: Settings) -> str:

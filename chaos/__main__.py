@@ -28,6 +28,8 @@ SHORT = {
     Kind.SILENCE_DATABASE: 1,
     Kind.CRASH_DATABASE: 1,
     Kind.RESTART_DATABASE: 1,
+    Kind.HURRY_WORKER: 2,
+    Kind.ABANDON_DATABASE: 1,
 }
 LONG = {
     Kind.KILL_WORKER: 50,
@@ -38,6 +40,8 @@ LONG = {
     Kind.SILENCE_DATABASE: 5,
     Kind.CRASH_DATABASE: 2,
     Kind.RESTART_DATABASE: 3,
+    Kind.HURRY_WORKER: 10,
+    Kind.ABANDON_DATABASE: 5,
 }
 
 
@@ -91,7 +95,10 @@ async def _run(asked: Run, folder: Path) -> list[str]:
         verdict = await ledgers.reconcile(stage.direct_url, ledger, target, lease_s=asked.lease_s)
     if not asked.faults:
         verdict.expect(verdict.figures["fetched again"] == 0, "without faults, something was fetched twice")
-    _report(verdict.figures | stage.figures() | {"seconds to settle": round(settled_s, 1)})
+    if not asked.faults.get(Kind.KILL_WORKER):
+        verdict.expect("poisoned" not in verdict.figures["failures"], "a job is poisoned, and no worker was killed")
+    reached = {"jobs submitted": f"{ledger.job_count} of {asked.jobs_max} in {asked.seconds:g} s"}
+    _report(reached | verdict.figures | stage.figures() | {"seconds to settle": round(settled_s, 1)})
     return [*ledger.faults, *stage.faults, *verdict.disagreements]
 
 
@@ -129,9 +136,18 @@ def _arguments() -> Run:
     parser.add_argument("--lease-s", type=float, default=2.0, help="the service's lease (2)")
     parser.add_argument("--no-faults", action="store_true", help="break nothing: then nothing may be fetched twice")
     parser.add_argument(
-        "--long", action="store_true", help="10 minutes, 100,000 jobs, 50 workers and 10 APIs killed, 5 restarts"
+        "--faults",
+        type=_faults,
+        metavar="KIND=N,...",
+        help=f"break this and nothing else; kinds: {', '.join(kind.name.lower() for kind in Kind)}",
+    )
+    parser.add_argument(
+        "--long",
+        action="store_true",
+        help="10 minutes, up to 100,000 jobs, 50 workers and 10 APIs killed, 5 restarts; reports how far it came",
     )
     asked = parser.parse_args()
+    faults = {} if asked.no_faults else LONG if asked.long else SHORT
     return Run(
         seed=asked.seed if asked.seed is not None else random.SystemRandom().randrange(2**32),
         seconds=600.0 if asked.long else asked.seconds,
@@ -139,8 +155,17 @@ def _arguments() -> Run:
         workers=asked.workers,
         clients=asked.clients * (4 if asked.long else 1),
         lease_s=asked.lease_s,
-        faults={} if asked.no_faults else LONG if asked.long else SHORT,
+        faults=faults if asked.faults is None else asked.faults,
     )
+
+
+def _faults(said: str) -> dict[Kind, int]:
+    """Read `freeze_worker=100,kill_api=2`."""
+    pairs = (pair.split("=") for pair in said.split(","))
+    try:
+        return {Kind[name.strip().upper()]: int(count) for name, count in pairs}
+    except KeyError as error:
+        raise argparse.ArgumentTypeError(f"unknown kind {error}") from None
 
 
 if __name__ == "__main__":

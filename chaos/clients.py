@@ -52,6 +52,11 @@ class Ledger:
     answers: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
+    @property
+    def job_count(self) -> int:
+        """How many jobs were submitted, accepted or not."""
+        return sum(len(promise.urls) for promise in self.promises)
+
 
 class Client:
     """One client; its choices come from its own seed."""

@@ -20,10 +20,9 @@ CUT_OFF = frozenset({"worker_crashed", "lease_lost", "shutdown_interrupted"})
 CRASHES_OF_POISON = 3
 
 BATCHES = """
-    SELECT batch.id, batch.name, batch.status, batch.total, batch.succeeded, batch.failed, batch.cancelled,
-        batch.deleted_at IS NOT NULL AS is_deleted, coalesce(t.total, 0) AS tally_total,
-        coalesce(t.unfinished, 0) AS tally_unfinished, t.succeeded AS tally_succeeded, t.failed AS tally_failed,
-        t.cancelled AS tally_cancelled
+    SELECT batch.id, batch.name, batch.status, batch.total, batch.deleted_at IS NOT NULL AS is_deleted,
+        coalesce(t.total, 0) AS tally_total, coalesce(t.unfinished, 0) AS tally_unfinished,
+        coalesce(t.succeeded, 0) AS succeeded, coalesce(t.failed, 0) AS failed, coalesce(t.cancelled, 0) AS cancelled
     FROM batch LEFT JOIN (
         SELECT batch_id, sum(total) AS total, sum(queued + running) AS unfinished, sum(succeeded) AS succeeded,
             sum(failed) AS failed, sum(cancelled) AS cancelled
@@ -107,7 +106,6 @@ def _compare_batch(verdict: Verdict, promise: Promise, batch: Any, rows: list[An
     counted = Counter(row["status"] for row in rows)
     for status in ("succeeded", "failed", "cancelled"):
         expect(batch[status] == counted[status], f"{status}: {batch[status]} counted, {counted[status]} rows")
-        expect(batch[f"tally_{status}"] == counted[status], f"{status}: the tallies differ from the rows")
     expect(batch["tally_total"] == batch["total"] == len(rows), "its total is wrong")
     expect(batch["tally_unfinished"] == 0, "its tallies say it is unfinished")
     if promise.ended is not None:

@@ -9,6 +9,10 @@ QUIET_SHARE = 0.1
 """The first and the last part of a run, in which nothing is broken."""
 
 
+HURRY_S_MAX = 0.1
+"""Longest time between two SIGTERM: well within the drain's grace."""
+
+
 class Kind(StrEnum):
     """A fault; the value is how reports call it."""
 
@@ -20,6 +24,8 @@ class Kind(StrEnum):
     SILENCE_DATABASE = "database connections silent"
     CRASH_DATABASE = "PostgreSQL restart -m immediate"
     RESTART_DATABASE = "PostgreSQL restart -m fast"
+    HURRY_WORKER = "worker SIGTERM twice"
+    ABANDON_DATABASE = "database connections that carry nothing any more"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,4 +57,6 @@ def draw(seed: int, counts: Mapping[Kind, int], *, seconds: float, workers: int,
 def _lasts_s(kind: Kind, dice: random.Random, lease_s: float) -> float:
     if kind == Kind.FREEZE_WORKER:
         return lease_s * dice.uniform(1.1, 2.0)
+    if kind == Kind.HURRY_WORKER:
+        return dice.uniform(0.0, HURRY_S_MAX)
     return lease_s * dice.uniform(0.0, 1.0)

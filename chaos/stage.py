@@ -144,6 +144,8 @@ class Stage:
                 struck = worker.send(signal.SIGKILL) is not None
             case Kind.STOP_WORKER:
                 struck = worker.send(signal.SIGTERM) is not None
+            case Kind.HURRY_WORKER:
+                struck = await _hurry(worker, fault.lasts_s)
             case Kind.FREEZE_WORKER:
                 struck = await _freeze(worker, fault.lasts_s)
             case Kind.KILL_API:
@@ -161,6 +163,8 @@ class Stage:
                 await self._proxy.cut(fault.lasts_s)
             case Kind.SILENCE_DATABASE:
                 await self._proxy.silence(fault.lasts_s)
+            case Kind.ABANDON_DATABASE:
+                self._proxy.abandon()
             case Kind.CRASH_DATABASE:
                 await self._postgres.restart(signal.SIGQUIT, down_s=fault.lasts_s)
             case _:
@@ -192,6 +196,16 @@ async def _freeze(worker: Seat, lasts_s: float) -> bool:
     await asyncio.sleep(lasts_s)
     if program.is_alive:
         program.send(signal.SIGCONT)
+    return True
+
+
+async def _hurry(worker: Seat, pause_s: float) -> bool:
+    program = worker.send(signal.SIGTERM)
+    if program is None:
+        return False
+    await asyncio.sleep(pause_s)
+    if program.is_alive:
+        program.send(signal.SIGTERM)
     return True
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from app import __version__
+from tests import databases
 
 
 def fetchpool(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -61,6 +62,27 @@ def test_an_unreachable_database_is_one_line_without_the_password(tmp_path: Path
     done = fetchpool(command, *options, folder=tmp_path, DATABASE_URL="postgresql://someone:hunter2@127.0.0.1:1/none")
     assert_one_line(done, "DATABASE_URL")
     assert "hunter2" not in done.stderr
+
+
+OLD_SERVER = """
+    CREATE SCHEMA old;
+    CREATE FUNCTION old.current_setting(text) RETURNS text LANGUAGE sql AS $$ SELECT '140020' $$;
+    ALTER DATABASE "{name}" SET search_path = old, pg_catalog;
+"""
+"""A server that says it is PostgreSQL 14.20 to whoever asks for its version; the words were tried on a real one."""
+
+
+async def test_too_old_a_postgresql_is_one_line(tmp_path: Path, server_url: str) -> None:
+    name = f"fetchpool_old_{os.getpid()}"
+    await databases.recreate(server_url, name, template="template0")
+    url = databases.with_database(server_url, name)
+    connection = await databases.connect(url)
+    await connection.execute(OLD_SERVER.format(name=name))
+    for command in (("serve", "--port", "0"), ("worker",), ("migrate",)):
+        assert_one_line(fetchpool(*command, folder=tmp_path, DATABASE_URL=url), "PostgreSQL 14", "15 or newer")
+    assert await connection.fetchval("SELECT to_regclass('public.alembic_version')") is None
+    await connection.close()
+    await databases.drop(server_url, name)
 
 
 def test_nothing_listens_beyond_this_machine_without_a_token(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from app.jobs.database import DATABASE_ERRORS, IDLE_IN_TRANSACTION_TIMEOUT_S, make_engine, make_sessions
+from app.jobs.database import DATABASE_ERRORS, IDLE_IN_TRANSACTION_TIMEOUT_S, Sessions, make_engine, make_sessions
 from tests import web
 from tests.postgresql import own_postgres
 from tests.proxy import proxying
@@ -266,6 +266,51 @@ async def test_only_the_job_that_kills_its_worker_alone_is_poisoned(data_dir: Pa
         assert failed["url"] == poison.url("/poison")
 
 
+async def test_a_job_whose_worker_only_slept_is_not_poisoned(
+    data_dir: Path, database_url: str, sessions: Sessions
+) -> None:
+    """A suspect, alone, on a worker that is frozen past its lease: till it wakes it might as well be dead."""
+    async with answering_by_hand() as desk, api_on(database_url, data_dir) as service:
+        batch = await service.post([desk.url()])
+        async with sessions.begin() as session:
+            await session.execute(text("UPDATE job SET attempt = 2, lost = 2, crashes = 2"))
+        async with working(database_url, folder=data_dir.parent, **SHORT_LEASE) as sleeper:
+            await desk.next()
+            sleeper.send(signal.SIGSTOP)
+            async with working(database_url, folder=data_dir.parent, **SHORT_LEASE):
+                await _until_job(sessions, "accused AND crashes = 3")
+                sleeper.send(signal.SIGCONT)
+                await _until_job(sessions, "NOT accused AND crashes = 2")
+                await (await desk.next()).answer(b"innocent")
+                finished = await service.finished(batch["id"])
+        assert finished["counts"]["succeeded"] == 1
+
+
+async def _until_job(sessions: Sessions, condition: str) -> None:
+    async with asyncio.timeout(20):
+        while True:
+            async with sessions.begin() as session:
+                if await session.scalar(text(f"SELECT {condition} FROM job")):
+                    return
+            await asyncio.sleep(0.02)
+
+
+async def test_what_a_second_sigterm_cuts_off_is_put_back_with_a_trace(data_dir: Path, database_url: str) -> None:
+    async with web.serving() as site, api_on(database_url, data_dir) as service:
+        async with working(database_url, folder=data_dir.parent) as worker:
+            batch = await service.post([site.url(f"/held/{n}") for n in range(10)])
+            await site.wait_for_hits(8)
+            worker.send(signal.SIGTERM)
+            await _until_counts(service, batch["id"], queued=2, running=8)
+            assert await worker.stop(signal.SIGTERM) == 0
+        assert (await service.read(batch["id"]))["counts"]["queued"] == 10
+        details = [
+            (await service.call("GET", f"/v1/jobs/{job['id']}")).json() for job in await service.jobs(batch["id"])
+        ]
+        traces = Counter(trace["error"] for detail in details for trace in detail["attempts_made"])
+        assert traces == Counter(shutdown_interrupted=8)
+
+
 async def _kill_worker(service: Service) -> None:
     [worker] = await service.worker_is_up()
     os.kill(worker, signal.SIGKILL)
@@ -354,17 +399,20 @@ async def test_an_outage_is_told_in_few_lines(data_dir: Path) -> None:
         await postgres.start()
 
 
-@pytest.mark.long
-async def test_a_connection_that_fell_silent_is_given_up(data_dir: Path) -> None:
+async def test_connections_that_fell_silent_are_given_up(data_dir: Path) -> None:
     async with (
         own_postgres(data_dir) as postgres,
         proxying(postgres.socket_path) as proxy,
-        api_on(postgres.url, data_dir) as service,
-        working(proxy.url, folder=data_dir.parent, **SHORT_LEASE) as worker,
+        api_on(proxy.url, data_dir) as service,
+        working(proxy.url, folder=data_dir.parent) as worker,
     ):
         await _is_working(service, worker)
         proxy.abandon()
+        abandoned_at = time.monotonic()
+        while (await service.call("GET", "/readyz")).status_code == 503:
+            pass
         await _is_working(service, worker)
+        assert time.monotonic() - abandoned_at < RECOVERY_S
 
 
 async def _is_working(service: Service, worker: Program) -> None:

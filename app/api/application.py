@@ -5,8 +5,9 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from app.api import batches, docs, health, jobs, problems
+from app.api import batches, docs, health, jobs, metrics, problems
 from app.api.context import Context
+from app.api.heads import Heads
 from app.api.intake import Intake
 from app.api.schemas import Bounds
 from app.api.security import Gate, Outermost
@@ -18,6 +19,7 @@ from app.jobs.database import Sessions
 def create_app(
     *,
     sessions: Sessions,
+    readers: Sessions,
     policy: Policy,
     version: str,
     host: str,
@@ -34,7 +36,7 @@ def create_app(
     informational_max: int,
     encodings_max: int,
 ) -> FastAPI:
-    """Make the ASGI application; `host` is the address it listens on, the rest are the operator's settings.
+    """Make the ASGI application; `host` is the address it listens on; `readers` are sessions that run one SELECT each.
 
     Call `stop_waiting` when the server is told to stop, or long polls hold it up.
     """
@@ -60,15 +62,17 @@ def create_app(
     )
     app.state.context = Context(
         sessions=sessions,
+        readers=readers,
         intake=Intake(policy=policy, bounds=bounds),
         waits=Waits(),
         is_open=api_token is None,
     )
-    for router in (batches.router, jobs.router, health.router):
+    for router in (batches.router, jobs.router, health.router, metrics.router):
         app.include_router(router)
     docs.install(app)
     problems.install(app)
     # The last one added is the outermost.
+    app.add_middleware(Heads)
     app.add_middleware(Gate, host=host, allowed_hosts=allowed_hosts, api_token=api_token)
     app.add_middleware(Outermost)
     return app

@@ -356,7 +356,7 @@ async def _hint(context: Context) -> None:
 
 
 async def _look(context: Context, batch_id: UUID) -> Seen:
-    async with context.sessions.begin() as session:
+    async with context.readers() as session:
         batch = await _require(session, batch_id)
     return _seen(batch)
 

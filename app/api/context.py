@@ -15,6 +15,8 @@ class Context:
     """Made once by `create_app`, handed to every endpoint."""
 
     sessions: Sessions
+    readers: Sessions
+    """For what one SELECT answers, and is asked for often."""
     intake: Intake
     waits: Waits
     is_open: bool

@@ -75,9 +75,6 @@ async def get_job_body(job_id: JobId, context: Here, if_none_match: IfNoneMatch 
     return Response(body.content, headers=headers)
 
 
-router.head("/{job_id}/body", include_in_schema=False)(get_job_body)
-
-
 def _require_body(found: Body | Literal["missing", "unfinished", "none"]) -> Body:
     match found:
         case Body():

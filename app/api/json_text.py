@@ -4,10 +4,12 @@
 `VALUE_CHARS_MAX` characters. Knows nothing of batches.
 """
 
+import itertools
 import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from app.api.problems import INVALID_JSON, Problem
@@ -16,6 +18,7 @@ VALUE_CHARS_MAX = 2**20
 """Longest single value: one element of a list that is read element by element, or one other member."""
 
 WINDOW_CHARS = 8 * 2**10
+ESCAPE_CHARS = len(r"\u0000")
 MEMBERS_MAX = 100
 
 HANDED_OUT = object()
@@ -23,7 +26,8 @@ HANDED_OUT = object()
 Each = Callable[[int, Any], None]
 """Takes the index and the value of one element."""
 
-_SPACE = re.compile(r"[ \t\n\r]*")
+_SPACE = re.compile(rf"[ \t\n\r]{{0,{VALUE_CHARS_MAX}}}")
+_SIGN = re.compile(r"[ \t\n\r]*([,\]])[ \t\n\r]*")
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 _UNSTORABLE_ESCAPE = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
 
@@ -52,7 +56,8 @@ def read_object(text: str, *, lists: Mapping[str, Each]) -> dict[str, Any]:
 
 def may_be_unstorable(text: str) -> bool:
     """Tell whether any string in the text could hold what PostgreSQL cannot store; most texts cannot, and are cheap."""
-    return _UNSTORABLE_ESCAPE.search(text) is not None
+    starts = range(0, len(text), VALUE_CHARS_MAX)
+    return any(_UNSTORABLE_ESCAPE.search(text, start, start + VALUE_CHARS_MAX + ESCAPE_CHARS) for start in starts)
 
 
 def find_unstorable(value: Any, path: tuple[str | int, ...] = ()) -> tuple[str | int, ...] | None:
@@ -83,13 +88,30 @@ def _read_list(text: str, at: int, each: Each) -> int:
     at = _skip(text, at + 1)
     closed = text[at : at + 1] == "]"
     at += closed
-    index = 0
+    indexes = itertools.count()
     while not closed:
-        value, at = _value(text, at)
-        each(index, value)
-        index += 1
-        at, closed = _next(text, _skip(text, at), "]")
+        values, at, closed = _elements(text, at)
+        for value in values:
+            each(next(indexes), value)
     return at
+
+
+def _elements(text: str, at: int) -> tuple[list[Any], int, bool]:
+    """Parse the elements that lie in one window of the text, at least one; say whether the list ends with them."""
+    window, values, end, closed = text[at : at + WINDOW_CHARS], [], 0, False
+    with suppress(ValueError, RecursionError):  # cut off by the window, or no JSON: tried again below
+        while not closed:
+            value, value_end = _DECODER.raw_decode(window, end)
+            sign = _SIGN.match(window, value_end)
+            if sign is None or sign.end() == len(window):
+                break
+            values.append(value)
+            end, closed = sign.end(), sign[1] == "]"
+    if values:
+        return values, at + end, closed
+    value, at = _value(text, at)
+    at, closed = _next(text, _skip(text, at), "]")
+    return [value], at, closed
 
 
 def _name(text: str, at: int, members: Mapping[str, object]) -> tuple[str, int]:
@@ -109,7 +131,9 @@ def _value(text: str, at: int) -> tuple[Any, int]:
         cut = at + len(window) < len(text)
         try:
             value, end = _DECODER.raw_decode(window)
-        except (ValueError, RecursionError):
+        except RecursionError:
+            raise _invalid("Lists and objects lie too deep in each other", at) from None
+        except ValueError:
             if not cut:
                 break
         else:
@@ -131,9 +155,9 @@ def _expect(text: str, at: int, sign: str) -> int:
 
 
 def _skip(text: str, at: int) -> int:
-    space = _SPACE.match(text, at)
-    assert space is not None
-    return space.end()
+    while (space := _SPACE.match(text, at)) and space.end() > at:
+        at = space.end()
+    return at
 
 
 def _finite(number: str) -> float:

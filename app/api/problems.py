@@ -3,10 +3,12 @@
 Never repeats what a client sent, except the names of its fields.
 """
 
+import difflib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,6 +17,7 @@ from pydantic import BaseModel, Field
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match, Mount
 
 from app.jobs.database import DATABASE_ERRORS, is_passing, reason
 
@@ -22,8 +25,13 @@ logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 ERRORS_SHOWN_MAX = 100
+UNSTORABLE = "NUL characters and halves of surrogate pairs cannot be stored; leave them out."
 POINTER_PART_CHARS_MAX = 100
 DATABASE_RETRY_AFTER_S = 5
+
+
+Fields = Mapping[tuple[str | int, ...], Iterable[str]]
+"""The names there are, by the place they are at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +83,12 @@ IDEMPOTENCY_KEY_REUSED = Kind(
 )
 BUSY = Kind("busy", 503, "Too many large batches are being taken in; send this one again later.")
 DATABASE_UNAVAILABLE = Kind("database_unavailable", 503, "The database does not answer; try again later.")
+OVERLOADED = Kind("overloaded", 503, "Too many requests are under way; send this one again later.")
 INTERNAL_ERROR = Kind(
     "internal_error", 500, "The service failed; the request id finds the reason in its operator's log."
 )
 
-EVERYWHERE = (UNAUTHORIZED, CROSS_SITE, HOST_NOT_ALLOWED, INTERNAL_ERROR, DATABASE_UNAVAILABLE)
+EVERYWHERE = (UNAUTHORIZED, CROSS_SITE, HOST_NOT_ALLOWED, INTERNAL_ERROR, DATABASE_UNAVAILABLE, OVERLOADED)
 """What any operation of the API may answer."""
 
 
@@ -158,11 +167,21 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(failure, _on_database_failure)
 
 
-def faults_of(errors: Iterable[ErrorDetails | dict[str, Any]], *, prefix: tuple[str | int, ...] = ()) -> list[Fault]:
-    """Turn what pydantic found into faults; its messages name types and bounds, never the input."""
+def faults_of(
+    errors: Iterable[ErrorDetails | dict[str, Any]],
+    *,
+    prefix: tuple[str | int, ...] = (),
+    fields: Fields = MappingProxyType({}),
+) -> list[Fault]:
+    """Turn what pydantic found into faults; its messages name types and bounds, never the input.
+
+    `fields` are for whoever mistook a name.
+    """
     return [
         Fault(
-            pointer((*prefix, *error["loc"])), _FAULT_CODES.get(error["type"], error["type"]), _sentence(error["msg"])
+            pointer((*prefix, *error["loc"])),
+            _FAULT_CODES.get(error["type"], error["type"]),
+            _detail(error["type"], error["msg"], name=error["loc"][-1:], known=fields.get(error["loc"][:-1], ())),
         )
         for error in errors
     ]
@@ -199,6 +218,7 @@ _FAULT_CODES = {
     "enum": "invalid_value",
     "literal_error": "invalid_value",
     "string_pattern_mismatch": "invalid_value",
+    "string_unicode": "invalid_text",
     "finite_number": "invalid_value",
     "greater_than_equal": "out_of_range",
     "less_than_equal": "out_of_range",
@@ -216,10 +236,27 @@ async def _on_problem(request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    kind = {404: NOT_FOUND, 405: METHOD_NOT_ALLOWED}.get(error.status_code) or Kind(
-        HTTPStatus(error.status_code).phrase.lower().replace(" ", "_"), error.status_code, str(error.detail)
-    )
-    return respond(Problem(kind, headers=error.headers), request_id=_request_id(request))
+    problem = Problem(_kind(error), headers=error.headers)
+    if problem.kind is METHOD_NOT_ALLOWED:
+        problem.headers["Allow"] = ", ".join(_allowed(request))
+    return respond(problem, request_id=_request_id(request))
+
+
+def _kind(error: HTTPException) -> Kind:
+    phrase = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+    known = {404: NOT_FOUND, 405: METHOD_NOT_ALLOWED}
+    return known.get(error.status_code) or Kind(phrase, error.status_code, str(error.detail))
+
+
+def _allowed(request: Request) -> list[str]:
+    """All methods of the path (RFC 9110, 15.5.6); the framework names those of the first route only."""
+    routes = [route for route in request.app.routes if not isinstance(route, Mount)]  # a mount takes GET alone
+
+    def takes(method: str) -> bool:
+        return any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
+
+    methods = [method for method in ("GET", "POST", "PUT", "PATCH", "DELETE") if takes(method)] or ["GET"]
+    return ["HEAD", *methods] if "GET" in methods else methods
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
@@ -258,6 +295,25 @@ def _document(problem: Problem, request_id: str | None) -> ProblemView:
 def _escape(part: str) -> str:
     printable = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in part[:POINTER_PART_CHARS_MAX])
     return printable.replace("~", "~0").replace("/", "~1")
+
+
+def _detail(error_type: str, message: str, *, name: Sequence[str | int], known: Iterable[str]) -> str:
+    match error_type:
+        case "extra_forbidden":
+            return _unknown(str(name[0]), sorted(known))
+        case "string_unicode":
+            return UNSTORABLE
+        case "string_pattern_mismatch":  # pydantic shows the pattern
+            return "The value is not written as it must be; /docs describes it."
+    return _sentence(message)
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    if alike := difflib.get_close_matches(name[:POINTER_PART_CHARS_MAX], known, n=2):
+        return f"There is no such field; did you mean {' or '.join(alike)}?"
+    if known:
+        return f"There is no such field; there are {', '.join(known)}."
+    return "There is no such field; leave it out."
 
 
 def _sentence(message: str) -> str:

@@ -4,6 +4,7 @@ A bound that the operator sets is checked against `Bounds`, which validation is 
 """
 
 import json
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -22,6 +23,7 @@ METADATA_CHARS_MAX = 16 * 2**10
 METADATA_DEPTH_MAX = 20
 JOB_BODY_CHARS_MAX = 2**20
 ACCEPTED_STATUSES_MAX = 50
+ACCEPTED_STATUS = r"^[1-5](?:xx|[0-9]{2}(?:-[1-5][0-9]{2})?)$"
 SKIPPED_SHOWN_MAX = 100
 
 BatchStatus = Literal["queued", "running", "completed", "cancelled"]
@@ -63,13 +65,22 @@ def _within(bound: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False)
+
+
 def _bounded_metadata(value: dict[str, Any] | None) -> dict[str, Any] | None:
     if value is None:
         return None
     if depth(value) > METADATA_DEPTH_MAX:
         raise PydanticCustomError("too_deep", "Should be at most {most} levels deep", {"most": METADATA_DEPTH_MAX})
-    if len(json.dumps(value, ensure_ascii=False)) > METADATA_CHARS_MAX:
+    if len(_JSON.encode(value)) > METADATA_CHARS_MAX:
         raise PydanticCustomError("too_long", "Should be at most {most} characters", {"most": METADATA_CHARS_MAX})
+    return value
+
+
+def _known_status(value: str) -> str:
+    if not re.fullmatch(ACCEPTED_STATUS, value):
+        raise PydanticCustomError("invalid_value", 'Write statuses as "2xx", "404" or "200-299"')
     return value
 
 
@@ -93,7 +104,7 @@ Metadata = Annotated[dict[str, Any], AfterValidator(_bounded_metadata)]
 Headers = dict[str, str]
 TimeoutS = Annotated[float, Field(ge=0.1), _within("timeout_s_max")]
 MaxAttempts = Annotated[int, Field(ge=1, le=10)]
-AcceptedStatus = Annotated[str, Field(pattern=r"^[1-5](?:xx|[0-9]{2}(?:-[1-5][0-9]{2})?)$")]
+AcceptedStatus = Annotated[str, AfterValidator(_known_status), Field(json_schema_extra={"pattern": ACCEPTED_STATUS})]
 AcceptedStatuses = Annotated[
     list[AcceptedStatus], Field(min_length=1, max_length=ACCEPTED_STATUSES_MAX), AfterValidator(_known_statuses)
 ]
@@ -201,7 +212,10 @@ class CountsView(View):
 
     total: int = Field(examples=[2])
     queued: int = Field(examples=[0])
-    running: int = Field(examples=[0])
+    running: int = Field(
+        description="Taken by a worker: being fetched, or about to be, when their host or a slot is free.",
+        examples=[0],
+    )
     succeeded: int = Field(examples=[2])
     failed: int = Field(examples=[0])
     cancelled: int = Field(examples=[0])

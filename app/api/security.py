@@ -13,10 +13,22 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.problems import CROSS_SITE, HOST_NOT_ALLOWED, INTERNAL_ERROR, UNAUTHORIZED, Problem, respond
+from app.api.problems import (
+    CROSS_SITE,
+    HOST_NOT_ALLOWED,
+    INTERNAL_ERROR,
+    OVERLOADED,
+    UNAUTHORIZED,
+    Problem,
+    respond,
+)
 
 logger = logging.getLogger(__name__)
 
+REQUESTS_MAX = 2_000
+"""Requests under way at once, long polls among them, so that what they hold in memory has a bound."""
+
+OVERLOADED_RETRY_AFTER_S = 5
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 PAGES = frozenset({"/", "/docs", "/redoc"})
 """What a link on another site may lead to."""
@@ -31,10 +43,12 @@ _DEFAULT_PORTS = {"http": "80", "https": "443"}
 
 
 class Outermost:
-    """Names every request, answers `internal_error` where nothing else caught a failure, and logs it once."""
+    """Names every request, runs at most `requests_max` at once, and answers and logs what nothing else caught."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, requests_max: int = REQUESTS_MAX) -> None:
         self.app = app
+        self.requests_max = requests_max
+        self.request_count = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the request under its id."""
@@ -52,6 +66,11 @@ class Outermost:
                 _mark(MutableHeaders(scope=message), request_id, scope["path"])
             await send(message)
 
+        if self.request_count >= self.requests_max:
+            overloaded = Problem(OVERLOADED, headers={"Retry-After": str(OVERLOADED_RETRY_AFTER_S)})
+            await respond(overloaded, request_id=request_id)(scope, receive, send_marked)
+            return
+        self.request_count += 1
         try:
             await self.app(scope, receive, send_marked)
         except ClientDisconnect:
@@ -61,6 +80,8 @@ class Outermost:
             # A response that has begun cannot be taken back; left unfinished, the server cuts it off.
             if not started:
                 await respond(Problem(INTERNAL_ERROR), request_id=request_id)(scope, receive, send_marked)
+        finally:
+            self.request_count -= 1
 
 
 class Gate:

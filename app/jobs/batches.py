@@ -103,21 +103,19 @@ FINISH = text("""
     WITH chosen AS MATERIALIZED (
         SELECT id FROM batch WHERE id = ANY(CAST(:ids AS uuid[])) AND finished_at IS NULL ORDER BY id FOR UPDATE
     ), counted AS MATERIALIZED (
-        SELECT tally.batch_id, sum(queued + running) AS unfinished, sum(succeeded) AS succeeded,
-            sum(failed) AS failed, sum(tally.cancelled) AS cancelled
+        SELECT tally.batch_id, sum(queued + running) AS unfinished
         FROM tally JOIN chosen ON tally.batch_id = chosen.id GROUP BY tally.batch_id
     )
     UPDATE batch SET
         status = CASE WHEN cancel_requested_at IS NULL THEN 'completed' ELSE 'cancelled' END,
-        started_at = coalesce(started_at, now()), finished_at = now(),
-        succeeded = counted.succeeded, failed = counted.failed, cancelled = counted.cancelled
+        started_at = coalesce(started_at, now()), finished_at = now()
     FROM counted WHERE batch.id = counted.batch_id AND counted.unfinished = 0 AND batch.finished_at IS NULL
     RETURNING batch.id
 """)
 
 
 async def finish(session: AsyncSession, ids: Collection[UUID]) -> set[UUID]:
-    """Finish those of the batches that have nothing left to run, and copy their counts; return which.
+    """Finish those of the batches that have nothing left to run; return which.
 
     Call it in a transaction later than the one that recorded the last job: two that record the last jobs of two
     shards at once do not see each other.

@@ -125,6 +125,14 @@ def make_sessions(engine: AsyncEngine) -> Sessions:
     return async_sessionmaker(engine, expire_on_commit=False, autoflush=False)
 
 
+def make_readers(engine: AsyncEngine) -> Sessions:
+    """Make sessions for what one SELECT answers: without BEGIN and ROLLBACK, two round trips of three.
+
+    Not behind PgBouncer, where it takes a transaction to set deadlines.
+    """
+    return async_sessionmaker(engine.execution_options(isolation_level="AUTOCOMMIT"), autoflush=False)
+
+
 async def migrate(url: str, *, pgbouncer: bool = False) -> None:
     """Bring the schema up to date, in one transaction under an advisory lock, so that many may start at once.
 
@@ -144,14 +152,24 @@ async def migrate(url: str, *, pgbouncer: bool = False) -> None:
         await engine.dispose()
 
 
+async def ping(session: AsyncSession) -> None:
+    """Ask for the least that PostgreSQL can do."""
+    await session.execute(text("SELECT 1"))
+
+
 async def listen(url: str, wake: Callable[[], None]) -> asyncpg.Connection:
     """Open a connection of its own that calls `wake` at every hint of new work; the caller closes it.
 
     A hint only: it may be lost with the connection, and polling finds the work all the same.
     """
-    connection: asyncpg.Connection = await asyncpg.connect(**_arguments(url), server_settings=SESSION)
+    connection = await connect(url)
     await connection.add_listener(WAKE_CHANNEL, lambda *_: wake())
     return connection
+
+
+async def connect(url: str) -> asyncpg.Connection:
+    """Open a connection beside the engine's, not for PgBouncer; the caller closes it."""
+    return await asyncpg.connect(**_arguments(url), server_settings=SESSION)
 
 
 def alembic_config() -> Config:
@@ -172,7 +190,8 @@ async def _require_version(connection: AsyncConnection) -> None:
     version = int(number or 0) // 10_000
     if version < POSTGRESQL_VERSION_MIN:
         raise DatabaseUnusable(
-            f"DATABASE_URL leads to PostgreSQL {version}; Fetchpool needs {POSTGRESQL_VERSION_MIN} or newer."
+            f"DATABASE_URL leads to PostgreSQL {version}, and Fetchpool needs {POSTGRESQL_VERSION_MIN} or newer: "
+            "upgrade it, name another one, or leave DATABASE_URL unset for an embedded PostgreSQL."
         )
 
 

@@ -3,10 +3,12 @@
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.jobs.values import Lost
+
 # A host that nobody leases, or whose lease ended, yet has running jobs: the next claim would rescue them, but a parked
 # host has no next claim.
 STRANDED = text("""
-    SELECT host.shard, host.host FROM host
+    SELECT host.shard, host.host, host.owner IS NOT NULL AS was_leased FROM host
     WHERE EXISTS (SELECT 1 FROM job WHERE job.status = 'running' AND job.shard = host.shard AND job.host = host.host)
         AND (host.owner IS NULL OR host.next_at <= now())
     ORDER BY host.shard, host.host LIMIT :limit FOR UPDATE SKIP LOCKED
@@ -19,12 +21,13 @@ WAKE = text("""
 """)
 
 
-async def lock_stranded(session: AsyncSession, *, limit: int) -> list[tuple[int, str]]:
+async def lock_stranded(session: AsyncSession, *, limit: int) -> list[Lost]:
     """Lock hosts whose running jobs no lease covers and make them due; return them for `queue.rescue`."""
-    hosts = [(row.shard, row.host) for row in await session.execute(STRANDED, {"limit": limit})]
-    if hosts:
-        await session.execute(WAKE, {"shards": [shard for shard, _ in hosts], "hosts": [host for _, host in hosts]})
-    return hosts
+    rows = await session.execute(STRANDED, {"limit": limit})
+    lost = [Lost(shard=row.shard, host=row.host, was_leased=row.was_leased) for row in rows]
+    if lost:
+        await session.execute(WAKE, {"shards": [each.shard for each in lost], "hosts": [each.host for each in lost]})
+    return lost
 
 
 # Job rows are looked for in a later statement than the lock, for the reason given at leases.REST_HOSTS.

@@ -2,24 +2,40 @@
 
 import hashlib
 import os
+import struct
 import time
+from collections.abc import Sequence
 from functools import lru_cache
 from uuid import UUID
 
 
 def new_batch_id() -> UUID:
     """Make a UUID version 7 (RFC 9562, 5.7): batches sort by the time they were accepted."""
-    return _uuid(_now_ms(), version=7, middle=_random_bits(12))
+    middle, last = struct.unpack(">HQ", os.urandom(10))
+    return UUID(_hex(_now_ms(), version=7, middle=middle & 0xFFF, last=last))
 
 
-def new_job_id(host: str) -> UUID:
-    """Make a UUID version 8 in version 7's layout whose 12 middle bits are the host's hash."""
-    return _uuid(_now_ms(), version=8, middle=host_hash(host))
+def new_job_ids(host_hashes: Sequence[int]) -> list[str]:
+    """Make a UUID version 8 for each host hash given, in version 7's layout, whose 12 middle bits are the hash.
+
+    In hexadecimal, as the driver takes them: UUID objects, and entropy asked for one by one, took four times as long.
+    """
+    now_ms = _now_ms()
+    entropy = struct.unpack(f">{len(host_hashes)}Q", os.urandom(8 * len(host_hashes)))
+    return [
+        _hex(now_ms, version=8, middle=host_hash, last=last)
+        for host_hash, last in zip(host_hashes, entropy, strict=True)
+    ]
 
 
 def shard_of_host(host: str) -> int:
-    """Return the shard, 0 to 255: the top 8 bits of the host's hash, for ever."""
-    return host_hash(host) >> 4
+    """Return the shard, 0 to 255, for ever."""
+    return shard_of_hash(host_hash(host))
+
+
+def shard_of_hash(host_hash: int) -> int:
+    """Return the shard of a host hash: its top 8 bits."""
+    return host_hash >> 4
 
 
 def shard_of_job(job_id: UUID) -> int:
@@ -38,9 +54,6 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _random_bits(count: int) -> int:
-    return int.from_bytes(os.urandom(8), "big") >> (64 - count)
-
-
-def _uuid(now_ms: int, *, version: int, middle: int) -> UUID:
-    return UUID(int=(now_ms << 80) | (version << 76) | (middle << 64) | (0b10 << 62) | _random_bits(62))
+def _hex(now_ms: int, *, version: int, middle: int, last: int) -> str:
+    variant_and_random = last & 0x3FFF_FFFF_FFFF_FFFF | 0x8000_0000_0000_0000
+    return f"{now_ms:012x}{version:x}{middle:03x}{variant_and_random:016x}"

@@ -17,9 +17,11 @@ from app.jobs.values import Lease
 
 # Something runs on a host that nobody leases when the commit of a refill was not confirmed: its worker never knew.
 LOCK_DUE_HOSTS = text("""
-    SELECT shard, host, lease, back_offs, not_before > now() AS is_resting, owner IS NOT NULL OR EXISTS (
-        SELECT 1 FROM job WHERE job.status = 'running' AND job.shard = host.shard AND job.host = host.host
-    ) AS was_lost FROM host
+    SELECT shard, host, lease, back_offs, not_before > now() AS is_resting, owner IS NOT NULL AS was_leased,
+        owner IS NOT NULL OR EXISTS (
+            SELECT 1 FROM job WHERE job.status = 'running' AND job.shard = host.shard AND job.host = host.host
+        ) AS was_lost
+    FROM host
     WHERE next_at <= now() AND next_at < 'infinity'
     ORDER BY next_at LIMIT :hosts_max FOR UPDATE SKIP LOCKED
 """)

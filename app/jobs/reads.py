@@ -5,8 +5,6 @@ counting jobs, so that a batch of a million costs what one of ten does.
 """
 
 import asyncio
-from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
@@ -127,56 +125,55 @@ class JobFilter:
     host: str | None = None
 
 
-ONE_BATCH = text("SELECT * FROM batch WHERE id = :id AND deleted_at IS NULL")
+# All of a batch in one statement, for a poll is one round trip: at most 256 rows of counts, and as many of each
+# distinct outcome, whatever the batch's size.
+BATCH_WITH_COUNTS = """
+    SELECT batch.id, batch.name, batch.metadata, batch.options, batch.skipped, batch.status, batch.total,
+        batch.created_at, batch.started_at, batch.finished_at, batch.cancel_requested_at, counted.*, outcomes.*
+    FROM batch
+    CROSS JOIN LATERAL (
+        SELECT coalesce(sum(queued), 0) AS queued, coalesce(sum(running), 0) AS running,
+            coalesce(sum(succeeded), 0) AS succeeded, coalesce(sum(failed), 0) AS failed,
+            coalesce(sum(cancelled), 0) AS cancelled,
+            CAST(coalesce(sum(wire_bytes), 0) AS bigint) AS wire_bytes,
+            CAST(coalesce(sum(body_bytes), 0) AS bigint) AS body_bytes
+        FROM tally WHERE tally.batch_id = batch.id
+    ) AS counted
+    CROSS JOIN LATERAL (
+        SELECT coalesce(json_object_agg(key, n ORDER BY key) FILTER (WHERE kind = 'error'), '{}') AS errors,
+            coalesce(json_object_agg(key, n ORDER BY key) FILTER (WHERE kind = 'http_status'), '{}') AS http_statuses
+        FROM (
+            SELECT kind, key, CAST(sum(n) AS bigint) AS n
+            FROM histogram WHERE histogram.batch_id = batch.id GROUP BY kind, key
+        ) AS outcome
+    ) AS outcomes
+"""
 
-MANY_BATCHES = text("""
-    SELECT * FROM batch
-    WHERE deleted_at IS NULL AND (CAST(:before AS uuid) IS NULL OR id < :before)
-        AND (CAST(:status AS text) IS NULL OR status = :status)
-    ORDER BY id DESC LIMIT :limit
-""")
+ONE_BATCH = text(f"{BATCH_WITH_COUNTS} WHERE batch.id = :id AND batch.deleted_at IS NULL")
 
-TALLIES = text("""
-    SELECT batch_id, sum(queued) AS queued, sum(running) AS running, sum(succeeded) AS succeeded, sum(failed) AS failed,
-        sum(cancelled) AS cancelled, sum(wire_bytes) AS wire_bytes, sum(body_bytes) AS body_bytes
-    FROM tally WHERE batch_id = ANY(CAST(:ids AS uuid[])) GROUP BY batch_id
-""")
-
-HISTOGRAMS = text("""
-    SELECT batch_id, kind, key, sum(n) AS n FROM histogram
-    WHERE batch_id = ANY(CAST(:ids AS uuid[])) GROUP BY batch_id, kind, key ORDER BY kind, key
+MANY_BATCHES = text(f"""
+    {BATCH_WITH_COUNTS}
+    WHERE batch.deleted_at IS NULL AND (CAST(:before AS uuid) IS NULL OR batch.id < :before)
+        AND (CAST(:status AS text) IS NULL OR batch.status = :status)
+    ORDER BY batch.id DESC LIMIT :limit
 """)
 
 
 async def get_batch(session: AsyncSession, batch_id: UUID) -> Batch | None:
     """Return a batch with its counts of this moment, `None` when there is none."""
-    rows = (await session.execute(ONE_BATCH, {"id": batch_id})).all()
-    return (await _with_counts(session, rows))[0] if rows else None
+    row = (await session.execute(ONE_BATCH, {"id": batch_id})).first()
+    return _batch(row) if row is not None else None
 
 
 async def list_batches(
     session: AsyncSession, *, limit: int, before: UUID | None = None, status: str | None = None
 ) -> list[Batch]:
     """List batches, newest first; `before` is the id of the last one of the page before."""
-    rows = (await session.execute(MANY_BATCHES, {"limit": limit, "before": before, "status": status})).all()
-    return await _with_counts(session, rows)
+    rows = await session.execute(MANY_BATCHES, {"limit": limit, "before": before, "status": status})
+    return [_batch(row) for row in rows]
 
 
-async def _with_counts(session: AsyncSession, rows: Sequence[Row[Any]]) -> list[Batch]:
-    ids = [row.id for row in rows]
-    tallies = {row.batch_id: row for row in await session.execute(TALLIES, {"ids": ids})}
-    histograms: dict[tuple[UUID, str], dict[str, int]] = defaultdict(dict)
-    for row in await session.execute(HISTOGRAMS, {"ids": ids}):
-        histograms[row.batch_id, row.kind][row.key] = int(row.n)
-    return [
-        _batch(row, tallies.get(row.id), histograms[row.id, "error"], histograms[row.id, "http_status"]) for row in rows
-    ]
-
-
-def _batch(row: Row[Any], tally: Row[Any] | None, errors: dict[str, int], http_statuses: dict[str, int]) -> Batch:
-    def counted(name: str) -> int:
-        return int(getattr(tally, name)) if tally is not None else 0
-
+def _batch(row: Row[Any]) -> Batch:
     return Batch(
         id=row.id,
         name=row.name,
@@ -186,12 +183,16 @@ def _batch(row: Row[Any], tally: Row[Any] | None, errors: dict[str, int], http_s
         status=row.status,
         counts=Counts(
             total=row.total,
-            **{name: counted(name) for name in ("queued", "running", "succeeded", "failed", "cancelled")},
+            queued=row.queued,
+            running=row.running,
+            succeeded=row.succeeded,
+            failed=row.failed,
+            cancelled=row.cancelled,
         ),
-        errors=errors,
-        http_statuses=http_statuses,
-        wire_bytes=counted("wire_bytes"),
-        body_bytes=counted("body_bytes"),
+        errors=row.errors,
+        http_statuses=row.http_statuses,
+        wire_bytes=row.wire_bytes,
+        body_bytes=row.body_bytes,
         created_at=row.created_at,
         started_at=row.started_at,
         finished_at=row.finished_at,

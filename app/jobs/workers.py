@@ -7,6 +7,8 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 FORGET_AFTER_S = 3600
+SILENT_AFTER_S = 35
+"""A worker that missed three beats is no longer counted as one that runs anything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,9 +23,9 @@ class Identity:
 
 
 BEAT = text("""
-    INSERT INTO worker (id, machine, pid, version, slots, running)
-    VALUES (:id, :machine, :pid, :version, :slots, :running)
-    ON CONFLICT (id) DO UPDATE SET beat_at = now(), running = excluded.running
+    INSERT INTO worker (id, machine, pid, version, slots, running, dropped)
+    VALUES (:id, :machine, :pid, :version, :slots, :running, :dropped)
+    ON CONFLICT (id) DO UPDATE SET beat_at = now(), running = excluded.running, dropped = excluded.dropped
 """)
 
 # Passes over one that beats just now: after an hour's sleep of the machine, two would wait for each other's row.
@@ -35,9 +37,26 @@ FORGET = text("""
 
 LEAVE = text("DELETE FROM worker WHERE id = :id")
 
+LIST = text("""
+    SELECT id, machine, slots, running, dropped, beat_at > now() - make_interval(secs => :silent_after_s) AS is_heard
+    FROM worker ORDER BY id LIMIT :limit
+""")
 
-async def beat(session: AsyncSession, worker: Identity, *, running: int) -> None:
-    """Say that the worker lives and how many fetches it runs, and forget those long silent."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """What one worker said last; `dropped` counts its results that came after their leases."""
+
+    id: UUID
+    machine: str
+    slots: int
+    running: int
+    dropped: int
+    is_heard: bool
+
+
+async def beat(session: AsyncSession, worker: Identity, *, running: int, dropped: int) -> None:
+    """Say that the worker lives, how many fetches it runs and results it dropped; forget workers long silent."""
     await session.execute(
         BEAT,
         {
@@ -47,9 +66,16 @@ async def beat(session: AsyncSession, worker: Identity, *, running: int) -> None
             "version": worker.version,
             "slots": worker.slots,
             "running": running,
+            "dropped": dropped,
         },
     )
     await session.execute(FORGET, {"after_s": FORGET_AFTER_S})
+
+
+async def list_workers(session: AsyncSession, *, limit: int) -> list[Heartbeat]:
+    """List the workers of the last hour, those included that went without a word."""
+    rows = await session.execute(LIST, {"silent_after_s": SILENT_AFTER_S, "limit": limit})
+    return [Heartbeat(**row) for row in rows.mappings()]
 
 
 async def leave(session: AsyncSession, worker: Identity) -> None:

@@ -4,21 +4,24 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 from app.fetch.http import fetch
 from app.fetch.transport import Transport
 from app.jobs import bodies
-from app.jobs.values import ClaimedJob, Result
+from app.jobs.values import ClaimedJob, Result, Returned
 from app.outcome import Evidence, Failure, FailureCode, Outcome, Response
 from app.worker import retry
 from app.worker.options import JobOptions
 
-INLINE_BYTES_MAX = 128 * 2**10
-"""Larger bodies are hashed and compressed in a thread: 16 MiB take 0.1 s, in which nothing else would run."""
+CUT_OFF_WHEN = {
+    FailureCode.LEASE_LOST: "its lease on the host was lost",
+    FailureCode.SHUTDOWN_INTERRUPTED: "it was told to stop",
+}
 
 EVIDENCE = tuple(part.name for part in fields(Evidence))
+_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
 async def run(
@@ -41,15 +44,30 @@ def cancelled(job: ClaimedJob) -> Result:
     return Result(job=job, status="cancelled", error=FailureCode.CANCELLED)
 
 
-def interrupted(job: ClaimedJob, *, is_lease_lost: bool) -> Result:
+def interrupted(job: ClaimedJob, code: FailureCode) -> Result:
     """The result of a fetch that this worker had to cut off and that must not be repeated: it may have been sent."""
-    why = "its lease on the host was lost" if is_lease_lost else "it was told to stop"
     return Result(
         job=job,
         status="failed",
-        error=FailureCode.LEASE_LOST if is_lease_lost else FailureCode.SHUTDOWN_INTERRUPTED,
-        error_detail=f"The worker cut this request off, which may have been sent, because {why}. "
+        error=code,
+        error_detail=f"The worker cut this request off, which may have been sent, because {CUT_OFF_WHEN[code]}. "
         "Set the option retry_unsafe to have such methods sent again.",
+    )
+
+
+def returned(job: ClaimedJob, code: FailureCode) -> Returned:
+    """Put back the job of a fetch that this worker had to cut off and that may be repeated."""
+    detail = f"The worker cut this fetch off because {CUT_OFF_WHEN[code]}; the job was put back."
+    return Returned(job=job, error=code, error_detail=detail)
+
+
+def poisoned(job: ClaimedJob) -> Result:
+    """The result of a job that brought its worker down while nothing else ran; it is not run again."""
+    return Result(
+        job=job,
+        status="failed",
+        error=FailureCode.POISONED,
+        error_detail="Three workers were lost while they ran this job, the last one with nothing else to run.",
     )
 
 
@@ -64,35 +82,37 @@ def broken(job: ClaimedJob) -> Result:
 
 
 async def _result(job: ClaimedJob, outcome: Outcome, verdict: retry.Verdict, *, places: asyncio.Semaphore) -> Result:
-    evidence = outcome.evidence
-    result = Result(
+    if isinstance(outcome, Failure) or verdict.status == "queued":
+        return _assemble(job, outcome, verdict)
+    if len(outcome.body) <= bodies.SMALL_BYTES_MAX:
+        return _assemble(job, outcome, verdict, content=outcome.body)
+    async with places:  # 16 MiB take 0.1 s, in which nothing else would run
+        return await asyncio.to_thread(_assemble, job, outcome, verdict, content=outcome.body)
+
+
+def _assemble(job: ClaimedJob, outcome: Outcome, verdict: retry.Verdict, *, content: bytes | None = None) -> Result:
+    body, encoding = (None, "identity") if content is None else bodies.pack(content)
+    return Result(
         job=job,
         status=verdict.status,
         delay_s=verdict.delay_s,
         error=verdict.code,
         error_detail=verdict.detail,
         http_status=outcome.status if isinstance(outcome, Response) else None,
-        evidence=_evidence_json(outcome, evidence),
-        wire_bytes=evidence.wire_bytes,
-        body_bytes=evidence.body_bytes,
+        evidence=_evidence_json(outcome),
+        body=body,
+        body_sha256=None if content is None else hashlib.sha256(content).digest(),
+        encoding=encoding,
+        wire_bytes=outcome.evidence.wire_bytes,
+        body_bytes=outcome.evidence.body_bytes,
     )
-    if isinstance(outcome, Failure) or verdict.status == "queued":
-        return result
-    if len(outcome.body) <= INLINE_BYTES_MAX:
-        return _with_body(result, outcome.body)
-    async with places:
-        return await asyncio.to_thread(_with_body, result, outcome.body)
 
 
-def _with_body(result: Result, content: bytes) -> Result:
-    body, encoding = bodies.pack(content)
-    return replace(result, body=body, encoding=encoding, body_sha256=hashlib.sha256(content).digest())
-
-
-def _evidence_json(outcome: Outcome, evidence: Evidence) -> str:
+def _evidence_json(outcome: Outcome) -> str:
     """JSON that PostgreSQL takes: without what is not known, and without the NUL it refuses."""
+    evidence = outcome.evidence
     stored: dict[str, Any] = {name: value for name in EVIDENCE if (value := getattr(evidence, name)) is not None}
     stored["redirects"] = [{"url": hop.url, "status": hop.status} for hop in evidence.redirects]
     if isinstance(outcome, Response):
         stored |= {"final_url": outcome.final_url, "headers": outcome.headers, "flags": outcome.flags}
-    return json.dumps(stored, separators=(",", ":")).replace("\\u0000", "\\ufffd")
+    return _JSON.encode(stored).replace("\\u0000", "\\ufffd")

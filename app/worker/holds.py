@@ -17,19 +17,17 @@ AHEAD_S = 2.0
 RATE_OVER_S = 0.2
 """Shortest time over which a host's rate is judged, so that a first few quick answers promise nothing."""
 
-STOP_BEFORE_S = 2.0
-"""What runs at a host is cancelled this long before an unrenewed lease ends."""
-
 
 @dataclass(slots=True, eq=False)
 class Hold:
     """One leased host; times are of the monotonic clock.
 
+    At `stops_at`, a moment before an unrenewed lease ends, nothing starts any more and what runs is cancelled.
     `unrecorded` counts results not yet stored: releasing the host before them would have their jobs rescued.
     """
 
     lease: Lease
-    ends_at: float
+    stops_at: float
     began_at: float
     concurrency: int
     delay_s: float
@@ -102,6 +100,10 @@ class Hold:
             return max(1, int(AHEAD_S / self.delay_s))
         rate = self.ended_count / max(now - self.began_at, RATE_OVER_S)
         return max(self.concurrency, min(TURN_JOBS_MAX, int(rate * AHEAD_S)))
+
+
+Holds = dict[tuple[int, str], Hold]
+"""What one worker holds, by (shard, host)."""
 
 
 class Places:

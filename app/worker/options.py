@@ -34,15 +34,35 @@ class JobOptions:
     attempts_max: int
 
 
-def for_job(job: ClaimedJob, batch_options: dict[str, Any], defaults: Limits) -> JobOptions:
-    """Merge the three levels; headers of the job replace those of the batch by name."""
-    asked = {**batch_options, **job.request}
+@dataclass(frozen=True, slots=True)
+class SharedOptions:
+    """What the jobs of a batch ask for: `asked` as the client set it, `common` merged for a job that adds nothing."""
+
+    asked: dict[str, Any]
+    common: JobOptions
+
+
+def for_batch(asked: dict[str, Any], defaults: Limits) -> SharedOptions:
+    """Merge the operator's defaults and the options of a batch, once for all its jobs."""
+    return SharedOptions(asked, _merged("", asked, {}, defaults))
+
+
+def for_job(job: ClaimedJob, batch: SharedOptions) -> JobOptions:
+    """Merge in what a job itself asks for; its headers replace those of the batch by name."""
+    common = batch.common
+    if not job.request:
+        return replace(common, request=replace(common.request, url=job.url))
+    return _merged(job.url, batch.asked, job.request, common.request.limits)
+
+
+def _merged(url: str, batch: dict[str, Any], job: dict[str, Any], defaults: Limits) -> JobOptions:
+    asked = {**batch, **job}
     body = asked.get("body")
     return JobOptions(
         request=FetchRequest(
-            url=job.url,
+            url=url,
             method=asked.get("method", "GET"),
-            headers=_headers(batch_options, job.request),
+            headers=_headers(batch, job),
             body=body.encode() if body is not None else None,
             follow_redirects=asked.get("follow_redirects", True),
             limits=_limits(asked, defaults),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from app.jobs import batches, database, leases, queue
 from app.jobs.database import DATABASE_ERRORS, Sessions, is_refused_value
 from app.jobs.leases import BackOff
-from app.jobs.values import Result
+from app.jobs.values import ClaimedJob, Result, Returned
 from app.outcome import FailureCode
 
 FLUSH_PAUSE_S = 0.05
@@ -37,6 +37,12 @@ class Recorder:
         self._arrived = asyncio.Event()
         self._flushed_at = 0.0
         self.dropped_count = 0
+        """Results that came after their leases."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all results offered so far are stored."""
+        return not self._results
 
     @property
     def is_full(self) -> bool:
@@ -120,10 +126,18 @@ class Recorder:
                 await leases.back_off(session, back_offs)
             recorded = await queue.record(session, results)
         self._flushed_at = time.monotonic()
-        self.dropped_count += len(results) - recorded.count
         if recorded.maybe_finished:
             async with self._sessions.begin() as session:
                 await batches.finish(session, recorded.maybe_finished)
+        if recorded.dropped:
+            await self._note_dropped(recorded.dropped)
+
+    async def _note_dropped(self, jobs: Sequence[ClaimedJob]) -> None:
+        """Count them, and clear their jobs of the crash that the loss of their lease was taken for: we live."""
+        async with self._sessions.begin() as session:
+            await queue.give_back(session, [Returned(job=job) for job in jobs])
+        self.dropped_count += len(jobs)
+        logger.warning("Dropped %d results that came after their leases", len(jobs))
 
     def _remove(self, results: Sequence[Result], back_offs: Sequence[BackOff]) -> None:
         """Forget the first results, which are stored, and the back-offs that were not renewed meanwhile."""

@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 class Upkeep:
     """A loop beside the pool."""
 
-    def __init__(self, sessions: Sessions) -> None:
+    def __init__(self, sessions: Sessions, *, lease_s: float) -> None:
         self._sessions = sessions
+        self._lease_s = lease_s
 
     async def run(self) -> None:
         """Keep the store in order, for ever."""
@@ -80,7 +81,7 @@ class Upkeep:
     async def _rescue_stranded(self) -> None:
         async with self._sessions.begin() as session:
             if stranded := await hosts.lock_stranded(session, limit=HOSTS_CHUNK):
-                await queue.rescue(session, stranded)
+                await queue.rescue(session, stranded, lease_s=self._lease_s)
 
     async def _forget_hosts(self) -> None:
         after: tuple[int, str] | None = (-1, "")

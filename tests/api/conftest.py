@@ -9,6 +9,7 @@ import httpx2
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from app.api.application import create_app, stop_waiting
 from app.fetch.policy import Policy
@@ -40,7 +41,9 @@ AppMaker = Callable[..., FastAPI]
 @pytest.fixture
 def make_app(sessions: Sessions) -> AppMaker:
     """Make the application, with other settings than the usual ones."""
-    return lambda **settings: create_app(**{**DEFAULTS, "sessions": sessions, **settings})
+    return lambda **settings: create_app(
+        **{**DEFAULTS, "sessions": sessions, "readers": settings.get("sessions", sessions), **settings}
+    )
 
 
 @pytest.fixture
@@ -65,7 +68,7 @@ def worker(sessions: Sessions) -> Worker:
     return Worker(sessions)
 
 
-def calling(app: FastAPI, **headers: str) -> httpx2.AsyncClient:
+def calling(app: ASGIApp, **headers: str) -> httpx2.AsyncClient:
     """A client that calls the application without a socket; what it does not catch is answered, as in service."""
     transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False)
     return httpx2.AsyncClient(transport=transport, base_url="http://localhost:8000", headers=headers, timeout=30)

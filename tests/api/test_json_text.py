@@ -89,6 +89,17 @@ def test_a_value_may_end_at_the_edge_of_a_window(length: int) -> None:
     assert members["a"] == int(number)
 
 
+def test_space_may_be_long() -> None:
+    space = " " * (VALUE_CHARS_MAX + 10)
+    members, elements = read(f'{space}{{{space}"urls"{space}:{space}[{space}1{space},{space}2{space}]{space}}}{space}')
+    assert (elements, members["urls"]) == ([1, 2], HANDED_OUT)
+
+
+def test_an_escape_is_found_where_two_pieces_meet() -> None:
+    for length in range(VALUE_CHARS_MAX - 8, VALUE_CHARS_MAX + 1):
+        assert may_be_unstorable(" " * length + r"\u0000")
+
+
 def test_what_cannot_be_stored_is_found() -> None:
     assert find_unstorable({"a": [{"b": "x\0"}]}) == ("a", 0, "b")
     assert find_unstorable({"a": {"\ud800": 1}}) == ("a",)

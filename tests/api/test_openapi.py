@@ -88,4 +88,7 @@ async def test_ids_are_not_told_to_those_without_the_token(make_app: AppMaker, r
     async with calling(make_app(api_token="a-token-of-16-or-more")) as api:
         response = await api.get("/openapi.json")
     assert str(batch_id) not in response.text
-    assert response.json()["security"] == [{"token": []}]
+    document = response.json()
+    assert document["security"] == [{"token": []}]
+    needless = {path for path, _, operation in operations(document) if operation.get("security") == []}
+    assert needless == {"/healthz", "/readyz"}

@@ -2,13 +2,17 @@
 
 import asyncio
 import logging
+from uuid import uuid4
 
 import httpx2
 import pytest
 from fastapi import FastAPI
 from sqlalchemy import make_url, text
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from app.api import batches
+from app.api.security import Outermost
 from app.jobs import database, queue
 from app.jobs.database import make_engine, make_sessions
 from tests.api.conftest import AppMaker, calling
@@ -36,9 +40,40 @@ async def test_unknown_paths_and_methods(api: httpx2.AsyncClient) -> None:
         "/static/%2e%2e/docs.py",
     ):
         assert_problem(await api.get(path), 404, "not_found")
-    refused = await api.put("/v1/batches")
-    assert_problem(refused, 405, "method_not_allowed")
-    assert "POST" in refused.headers["Allow"]
+
+
+async def test_a_method_that_is_not_taken_is_told_which_are(api: httpx2.AsyncClient) -> None:
+    for method, path, allowed in (
+        ("PUT", "/v1/batches", "HEAD, GET, POST"),
+        ("PATCH", f"/v1/batches/{uuid4()}", "HEAD, GET, DELETE"),
+        ("GET", f"/v1/batches/{uuid4()}/cancel", "POST"),
+        ("HEAD", f"/v1/batches/{uuid4()}/cancel", "POST"),
+        ("POST", "/healthz", "HEAD, GET"),
+        ("POST", "/docs", "HEAD, GET"),
+        ("DELETE", "/static/docs.js", "HEAD, GET"),
+    ):
+        refused = await api.request(method, path)
+        assert (refused.status_code, refused.headers["Allow"]) == (405, allowed), (method, path)
+    assert_problem(await api.put("/v1/batches"), 405, "method_not_allowed")
+
+
+async def test_more_requests_than_it_takes_are_told_to_come_again() -> None:
+    entered, leave = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        entered.set()
+        await leave.wait()
+        await Response()(scope, receive, send)
+
+    async with calling(Outermost(slow, requests_max=1)) as api:
+        first = asyncio.create_task(api.get("/"))
+        await entered.wait()
+        refused = await api.get("/")
+        leave.set()
+        assert (await first).status_code == 200
+        assert (await api.get("/")).status_code == 200
+    assert_problem(refused, 503, "overloaded")
+    assert int(refused.headers["Retry-After"]) > 0
 
 
 async def test_a_database_that_is_away_is_a_503(make_app: AppMaker) -> None:

@@ -304,3 +304,24 @@ async def test_secrets_of_options_are_not_shown(make_app: AppMaker, reader: Read
     async with calling(make_app()) as api:
         for path in ("/v1/batches", f"/v1/batches/{batch_id}", f"/v1/batches/{batch_id}/jobs"):
             assert "CANARY" not in (await api.get(path)).text
+
+
+async def test_head_is_get_without_the_bytes(make_app: AppMaker, reader: Reader, worker: Worker) -> None:
+    batch_id = await reader.submit("h.example")
+    [job_id] = await finish(worker, reader, batch_id, b"hello")
+    paths = ("", "v1/batches", f"v1/batches/{batch_id}", f"v1/batches/{batch_id}/jobs")
+    more = (
+        f"v1/batches/{batch_id}/results",
+        f"v1/jobs/{job_id}",
+        f"v1/jobs/{job_id}/body",
+        "healthz",
+        "readyz",
+        "docs",
+    )
+    async with served(make_app()) as url, httpx2.AsyncClient() as client:
+        for path in (*paths, *more, f"v1/jobs/{uuid4()}", "static/docs.js"):
+            got = await client.get(f"{url}/{path}")
+            head = await client.head(f"{url}/{path}")
+            assert (head.status_code, head.content) == (got.status_code, b""), path
+            for name in ("Content-Type", "Content-Length", "ETag", "Content-Disposition"):
+                assert head.headers.get(name) == got.headers.get(name), (path, name)

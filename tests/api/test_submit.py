@@ -149,6 +149,7 @@ WRONG: list[tuple[Any, dict[str, str]]] = [
     ({"urls": [], "name": 5}, {"/name": "invalid_type"}),
     ({"urls": [], "name": "x" * 201}, {"/name": "too_long"}),
     ({"urls": [], "name": "a\0b"}, {"/name": "invalid_text"}),
+    ({"urls": [], "name": "a\ud800b"}, {"/name": "invalid_text"}),
     ({"urls": [], "metadata": {"a": ["\ud800"]}}, {"/metadata/a/0": "invalid_text"}),
     ({"urls": [], "metadata": []}, {"/metadata": "invalid_type"}),
     ({"urls": [], "metadata": {"a": "x" * 20_000}}, {"/metadata": "too_long"}),
@@ -182,6 +183,7 @@ WRONG: list[tuple[Any, dict[str, str]]] = [
     ({"jobs": [{"url": URL}, {"url": "ftp://x"}]}, {"/jobs/1/url": "scheme_not_allowed"}),
     ({"jobs": [{"url": URL, "body": "a\0"}]}, {"/jobs/0/body": "invalid_text"}),
     ({"jobs": [{"url": URL, "custom_id": "x" * 201}]}, {"/jobs/0/custom_id": "too_long"}),
+    ({"jobs": [{"url": URL, "custom_id": "\ud800"}]}, {"/jobs/0/custom_id": "invalid_text"}),
     ({"jobs": [{"url": URL, "timeout_s": 301}]}, {"/jobs/0/timeout_s": "out_of_range"}),
     (
         {"jobs": [{"url": "ftp://x", "method": "TRACE", "headers": {"a b": "c"}}]},
@@ -200,6 +202,30 @@ async def test_what_is_wrong_is_named(api: httpx2.AsyncClient) -> None:
         response = await api.post("/v1/batches", content=json.dumps(document), headers=JSON)
         assert (response.status_code, response.json()["code"]) == (422, "invalid_request"), document
         assert codes(response) == wrong
+
+
+REMEDIES: list[tuple[Any, str]] = [
+    ({"url": [URL]}, "did you mean urls?"),
+    ({"urls": [], "colour": 1}, "there are jobs, metadata, name, on_invalid, options, urls."),
+    ({"urls": [], "options": {"timeout": 1}}, "did you mean timeout_s or"),
+    ({"jobs": [{"url": URL, "customid": "a"}]}, "did you mean custom_id?"),
+    ({"urls": [], "options": {"accept_statuses": ["ok"]}}, 'Write statuses as "2xx", "404" or "200-299".'),
+    ({"urls": [], "name": "\ud800"}, "leave them out."),
+    ({"urls": [], "name": "\0"}, "leave them out."),
+]
+
+
+async def test_a_mistake_is_told_with_its_remedy(api: httpx2.AsyncClient) -> None:
+    for document, remedy in REMEDIES:
+        response = await api.post("/v1/batches", content=json.dumps(document), headers=JSON)
+        assert any(remedy in error["detail"] for error in response.json()["errors"]), document
+
+
+async def test_a_body_that_is_empty_or_too_deep_is_told_so(api: httpx2.AsyncClient) -> None:
+    for body, words in ((b"", "is empty"), (b" \n", "is empty"), (b'{"metadata":' + b"[" * 500_000, "too deep")):
+        response = await api.post("/v1/batches", content=body, headers=JSON)
+        assert (response.status_code, response.json()["code"]) == (400, "invalid_json")
+        assert words in response.json()["detail"]
 
 
 async def test_what_is_not_a_json_object_is_refused(api: httpx2.AsyncClient) -> None:

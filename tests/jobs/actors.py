@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 from app.jobs import batches, leases, queue, reads
 from app.jobs.database import Sessions
 from app.jobs.ids import new_batch_id
-from app.jobs.values import ClaimedJob, Lease, NewBatch, NewJob, Recorded, Result
+from app.jobs.values import ClaimedJob, Lease, NewBatch, NewJobs, Recorded, Result, Returned
 
 LEASE_S = 30.0
 
@@ -24,7 +24,9 @@ class Client:
         """Submit a batch with one job for each host named."""
         batch = NewBatch(id=new_batch_id(), name=None, metadata=None, options=options or {}, skipped=[])
         request = {"method": method} if method else None
-        jobs = [NewJob(url=f"http://{host}/{number}", host=host, request=request) for number, host in enumerate(hosts)]
+        jobs = NewJobs()
+        for number, host in enumerate(hosts):
+            jobs.add(f"http://{host}/{number}", host, request=request)
         async with self.sessions.begin() as session:
             await queue.enqueue(session, batch, jobs)
         return batch.id
@@ -101,7 +103,7 @@ class Worker:
 
     async def give_back(self, jobs: Sequence[ClaimedJob]) -> None:
         async with self.sessions.begin() as session:
-            await queue.give_back(session, jobs)
+            await queue.give_back(session, [Returned(job=job) for job in jobs])
 
 
 def success(job: ClaimedJob, content: bytes = b"hello") -> Result:

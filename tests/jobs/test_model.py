@@ -204,13 +204,11 @@ def a_finished_batch_has_nothing_left(picture: Picture) -> Iterator[object]:
             yield job, batch
 
 
-def a_finished_batch_has_the_counts_of_its_tallies(picture: Picture) -> Iterator[object]:
+def a_batch_has_as_many_jobs_as_its_tallies(picture: Picture) -> Iterator[object]:
     for batch in picture.batches.values():
         tallies = [tally for tally in picture.tallies.values() if tally["batch_id"] == batch["id"]]
-        if batch["finished_at"] is not None and tallies:
-            for status in FINISHED:
-                if sum(tally[status] for tally in tallies) != batch[status]:
-                    yield batch, status
+        if batch["deleted_at"] is None and sum(tally["total"] for tally in tallies) != batch["total"]:
+            yield batch, tallies
 
 
 def a_batch_and_its_tallies_agree_on_its_cancelling(picture: Picture) -> Iterator[object]:
@@ -232,6 +230,12 @@ def earlier_attempts_belong_to_jobs(picture: Picture) -> Iterator[object]:
             yield attempt, job
 
 
+def the_accused_lost_three_workers(picture: Picture) -> Iterator[object]:
+    for job in picture.jobs.values():
+        if job["accused"] and job["crashes"] < 3:
+            yield job
+
+
 def _is_deleted(picture: Picture, batch_id: UUID) -> bool:
     return batch_id in picture.batches and picture.batches[batch_id]["deleted_at"] is not None
 
@@ -242,10 +246,11 @@ STATE_RULES = (
     what_runs_is_covered_by_a_lease_or_will_be_rescued,
     no_wake_up_is_lost,
     a_finished_batch_has_nothing_left,
-    a_finished_batch_has_the_counts_of_its_tallies,
+    a_batch_has_as_many_jobs_as_its_tallies,
     a_batch_and_its_tallies_agree_on_its_cancelling,
     bodies_are_there_as_long_as_jobs_want_them,
     earlier_attempts_belong_to_jobs,
+    the_accused_lost_three_workers,
 )
 
 
@@ -545,7 +550,7 @@ class Play(RuleBasedStateMachine):
 
 async def _rescue_stranded(session: Any) -> None:
     if stranded := await hosts.lock_stranded(session, limit=10):
-        await queue.rescue(session, stranded)
+        await queue.rescue(session, stranded, lease_s=LEASE_S)
 
 
 def _result(job: ClaimedJob, outcome: str) -> Result:

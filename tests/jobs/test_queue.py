@@ -12,7 +12,8 @@ from app.jobs import batches, hosts, leases, queue, reads
 from app.jobs.database import Sessions
 from app.jobs.ids import shard_of_host, shard_of_job
 from app.jobs.leases import BackOff
-from tests.jobs.actors import Client, Worker, failure, retry, success
+from app.jobs.values import ClaimedJob, Returned
+from tests.jobs.actors import LEASE_S, Client, Worker, failure, retry, success
 
 
 @pytest.fixture
@@ -251,8 +252,8 @@ async def test_a_request_that_may_not_be_repeated_fails_with_its_worker(
     assert await tallies_equal_the_rows(sessions)
 
 
-async def test_a_job_is_poisoned_only_by_a_crash_while_it_ran_alone(client: Client, sessions: Sessions) -> None:
-    batch_id = await client.submit("h", "h")
+async def test_a_job_is_accused_only_by_a_crash_while_it_ran_alone(client: Client, sessions: Sessions) -> None:
+    await client.submit("h", "h")
     for crashes in range(4):
         _, jobs = await Worker(sessions).claim_one()
         assert [(job.crashes, job.is_suspect) for job in jobs] == [(crashes, crashes >= 2)] * 2
@@ -262,10 +263,11 @@ async def test_a_job_is_poisoned_only_by_a_crash_while_it_ran_alone(client: Clie
         assert await queue.run_alone(session, guilty)
     await end_leases(sessions)
     _, [left] = await Worker(sessions).claim_one()
-    assert left.id == innocent.id
-    poisoned = await client.job(guilty.id)
-    assert (poisoned.status, poisoned.error) == ("failed", "poisoned")
-    assert (await client.read(batch_id)).errors == {"poisoned": 1}
+    assert (left.id, left.accused) == (innocent.id, False)
+    await execute(sessions, "UPDATE job SET run_at = now() WHERE status = 'queued'")
+    await end_leases(sessions)
+    jobs = [job for some in (await Worker(sessions).claim()).values() for job in some]
+    assert {job.id: job.accused for job in jobs} == {guilty.id: True, innocent.id: False}
     assert await tallies_equal_the_rows(sessions)
 
 
@@ -306,21 +308,90 @@ async def test_a_suspect_that_is_cleared_while_it_runs_alone_is_not_poisoned(
     assert (await client.read(batch_id)).counts.running == 1
 
 
-async def test_a_poisoned_job_keeps_its_crashes(client: Client, sessions: Sessions) -> None:
-    """What is told of a job's end does not change after it, even when the worker comes back."""
+async def accuse(client: Client, sessions: Sessions) -> ClaimedJob:
+    """Have the only job lose three workers, the last one while it ran alone; return it as that one had it."""
     await client.submit("h")
     for _ in range(2):
         await Worker(sessions).claim_one()
         await end_leases(sessions)
-    cut_off = Worker(sessions)
-    _, [suspect] = await cut_off.claim_one()
+    _, [suspect] = await Worker(sessions).claim_one()
     async with sessions.begin() as session:
         assert await queue.run_alone(session, suspect)
     await end_leases(sessions)
     assert await Worker(sessions).claim() == {}
-    await cut_off.give_back([suspect])
+    return suspect
+
+
+async def claim_later(sessions: Sessions) -> ClaimedJob:
+    """Claim the only job after the time for which an accused one waits."""
+    await execute(sessions, "UPDATE job SET run_at = now()")
+    await execute(sessions, "UPDATE host SET next_at = now()")
+    _, [job] = await Worker(sessions).claim_one()
+    return job
+
+
+async def test_an_accused_job_stays_so_until_somebody_convicts_it(client: Client, sessions: Sessions) -> None:
+    await accuse(client, sessions)
+    claimed = await claim_later(sessions)
+    assert (claimed.accused, claimed.crashes) == (True, 3)
+    await end_leases(sessions)
+    claimed = await claim_later(sessions)
+    assert claimed.accused
+    await Worker(sessions).record(failure(claimed, "poisoned"))
+    assert (await client.job(claimed.id)).error == "poisoned"
+
+
+async def test_a_worker_that_is_heard_of_again_clears_the_accused(client: Client, sessions: Sessions) -> None:
+    suspect = await accuse(client, sessions)
+    await Worker(sessions).give_back([suspect])
+    claimed = await claim_later(sessions)
+    assert (claimed.accused, claimed.crashes) == (False, 2)
+
+
+async def test_a_convicted_job_keeps_its_crashes(client: Client, sessions: Sessions) -> None:
+    """What is told of a job's end does not change after it, even when the worker comes back."""
+    suspect = await accuse(client, sessions)
+    await Worker(sessions).record(failure(await claim_later(sessions), "poisoned"))
+    await Worker(sessions).give_back([suspect])
     async with sessions.begin() as session:
         assert (await session.execute(text("SELECT error, crashes FROM job"))).all() == [("poisoned", 3)]
+
+
+async def test_a_lease_that_ended_with_the_server_is_no_crash(client: Client, sessions: Sessions) -> None:
+    await client.submit("h")
+    await Worker(sessions).claim_one()
+    await execute(sessions, "UPDATE job SET started_at = pg_postmaster_start_time() - interval '1 second'")
+    await end_leases(sessions)
+    _, [job] = await Worker(sessions).claim_one()
+    assert (job.crashes, job.lost) == (0, 1)
+
+
+async def test_jobs_that_their_worker_never_knew_of_are_charged_with_no_crash(
+    client: Client, sessions: Sessions
+) -> None:
+    """The commit of a refill was not confirmed, and the host was given back by a worker that lives."""
+    await client.submit("h")
+    await Worker(sessions).claim_one()
+    await execute(sessions, "UPDATE host SET owner = NULL, next_at = now()")
+    _, [job] = await Worker(sessions).claim_one()
+    assert (job.crashes, job.lost) == (0, 1)
+
+
+async def test_a_fetch_that_was_cut_off_leaves_a_trace_and_one_that_had_not_started_none(
+    client: Client, worker: Worker, sessions: Sessions
+) -> None:
+    batch_id = await client.submit("h", "h")
+    _, [cut, waiting] = await worker.claim_one()
+    async with sessions.begin() as session:
+        await queue.give_back(
+            session, [Returned(job=cut, error="shutdown_interrupted", error_detail="Cut."), Returned(job=waiting)]
+        )
+    assert (await client.read(batch_id)).counts.queued == 2
+    traces = {job.id: (await client.job(job.id)).attempts_made for job in (cut, waiting)}
+    assert [(trace.number, trace.error, trace.error_detail) for trace in traces[cut.id]] == [
+        (1, "shutdown_interrupted", "Cut.")
+    ]
+    assert traces[waiting.id] == []
 
 
 async def test_a_worker_that_was_only_cut_off_clears_its_jobs_of_the_crash(client: Client, sessions: Sessions) -> None:
@@ -357,7 +428,7 @@ async def test_running_jobs_that_no_lease_covers_are_found(client: Client, worke
     await worker.claim_one()
     await execute(sessions, "UPDATE host SET owner = NULL, next_at = 'infinity'")
     async with sessions.begin() as session:
-        await queue.rescue(session, await hosts.lock_stranded(session, limit=10))
+        await queue.rescue(session, await hosts.lock_stranded(session, limit=10), lease_s=LEASE_S)
     _, [job] = await worker.claim_one()
     assert job.lost == 1
 

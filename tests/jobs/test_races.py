@@ -5,8 +5,14 @@ an order that was made to happen.
 """
 
 import asyncio
+import itertools
+import os
 import random
-from collections.abc import AsyncIterator, Coroutine, Iterable
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +28,15 @@ from app.jobs.leases import BackOff
 from app.jobs.values import ClaimedJob, Lease, Result
 from app.jobs.workers import Identity
 from tests.databases import connect
-from tests.jobs.actors import Client, Worker, failure, retry, success
+from tests.jobs.actors import LEASE_S, Client, Worker, failure, retry, success
 
 CLAIMERS = 64
 ACTORS_OF_A_KIND = 3
 WAIT_S = 60.0
+BUSTLE_S = float(os.environ.get("FETCHPOOL_TEST_BUSTLE_S", "600"))
+TOGETHER_S = BUSTLE_S + 600
+BATCHES_MAX = 200
+"""Batches of a bustle at once, so that one that lasts ends in time all the same."""
 
 
 @asynccontextmanager
@@ -50,7 +60,7 @@ async def fetch(url: str, statement: str) -> list[tuple[Any, ...]]:
 
 async def together(*steps: Coroutine[Any, Any, Any]) -> list[Any]:
     """Let all run at once; the first error ends them all."""
-    async with asyncio.timeout(600), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(TOGETHER_S), asyncio.TaskGroup() as group:
         tasks = [group.create_task(step) for step in steps]
     return [task.result() for task in tasks]
 
@@ -139,13 +149,18 @@ async def _claim_until_none_is_left(sessions: Sessions, batch_ids: list[UUID]) -
 
 @dataclass
 class Bustle:
-    """Clients, workers and upkeep that all do what they may at once, in an order of their own."""
+    """Clients, workers and upkeep that all do what they may at once, in an order of their own.
+
+    Each takes so many steps, fewer if the time is over before.
+    """
 
     sessions: Sessions
     random: random.Random
     steps: int
+    seconds: float = 600.0
     batch_ids: list[UUID] = field(default_factory=list)
-    deleted_ids: set[UUID] = field(default_factory=set)
+    done: Counter[str] = field(default_factory=Counter)
+    errors: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.client = Client(self.sessions)
@@ -154,22 +169,39 @@ class Bustle:
 
     async def run(self) -> None:
         actors = (self.submit, self.work, self.work, self.cancel, self.rescue, self.sweep, self.delete, self.forget)
-        await together(*(actor() for actor in actors for _ in range(ACTORS_OF_A_KIND)))
+        self.until = time.monotonic() + self.seconds
+        await together(*(self.play(actor) for actor in actors for _ in range(ACTORS_OF_A_KIND)))
+
+    async def play(self, actor: Callable[[], Awaitable[None]]) -> None:
+        """Let one act to its end, and keep whatever it meets that it should not."""
+        try:
+            await actor()
+        except Exception:
+            self.errors.append(f"{actor.__name__}, after {dict(self.done)}:\n{traceback.format_exc()}")
+
+    def turns(self, count: int) -> Iterator[int]:
+        return itertools.takewhile(lambda _: time.monotonic() < self.until, range(count))
 
     async def submit(self) -> None:
-        for _ in range(self.steps):
+        for _ in self.turns(self.steps):
+            if len(self.batch_ids) >= BATCHES_MAX:
+                await asyncio.sleep(0.01)
+                continue
             names = self.random.choices(self.names, k=self.random.randint(1, 60))
             method = self.random.choice(["GET", "POST"])
             self.batch_ids.append(await self.client.submit(*names, method=method))
+            self.done["jobs submitted"] += len(names)
 
     async def work(self) -> None:
         """A worker that now and then crashes, and whose results then come too late."""
         worker, late = Worker(self.sessions), list[ClaimedJob]()
-        for _ in range(self.steps):
+        for _ in self.turns(self.steps):
             held = await worker.claim(hosts_max=8, jobs_max=40, jobs_per_host=5)
+            self.done["jobs claimed"] += sum(len(jobs) for jobs in held.values())
             if self.random.random() < 0.2:
                 late += [job for jobs in held.values() for job in jobs]
                 await self.end_leases(held)
+                self.done["workers lost"] += 1
                 worker = Worker(self.sessions)
                 continue
             await self.work_off(worker, held)
@@ -209,20 +241,21 @@ class Bustle:
                 await session.execute(text(statement + " AND owner IS NOT NULL"), values)
 
     async def cancel(self) -> None:
-        for _ in range(self.steps // 2):
+        for _ in self.turns(self.steps // 2):
             if self.batch_ids:
-                await self.client.cancel(self.random.choice(self.batch_ids))
+                self.done["cancels"] += await self.client.cancel(self.random.choice(self.batch_ids))
             await asyncio.sleep(0)
 
     async def rescue(self) -> None:
-        for _ in range(self.steps):
+        for _ in self.turns(self.steps):
             async with self.sessions.begin() as session:
                 if stranded := await hosts.lock_stranded(session, limit=10):
-                    await queue.rescue(session, stranded)
+                    await queue.rescue(session, stranded, lease_s=LEASE_S)
+                    self.done["hosts rescued"] += len(stranded)
 
     async def sweep(self) -> None:
         """What upkeep does with unfinished batches."""
-        for _ in range(self.steps):
+        for _ in self.turns(self.steps):
             async with self.sessions.begin() as session:
                 cancelling = await batches.list_cancelling(session, limit=20)
             for batch_id, total in cancelling:
@@ -234,10 +267,11 @@ class Bustle:
                 await batches.finish(session, finishable)
 
     async def delete(self) -> None:
-        for _ in range(self.steps):
+        for _ in self.turns(self.steps):
             for batch_id in self.random.sample(self.batch_ids, min(len(self.batch_ids), 3)):
-                if await self.client.delete(batch_id) == "deleted":
-                    self.deleted_ids.add(batch_id)
+                if await self.client.delete(batch_id) == "deleted" and batch_id in self.batch_ids:
+                    self.batch_ids.remove(batch_id)
+                    self.done["deletes"] += 1
             await self.erase(limit=10)
 
     async def erase(self, *, limit: int) -> bool:
@@ -250,7 +284,7 @@ class Bustle:
         return bool(doomed)
 
     async def forget(self) -> None:
-        for _ in range(self.steps):
+        for _ in self.turns(self.steps):
             async with self.sessions.begin() as session:
                 await hosts.forget_parked(session, after=(-1, ""), limit=100)
 
@@ -262,6 +296,7 @@ class Bustle:
                 held = await worker.claim()
                 await worker.record(*(success(job) for jobs in held.values() for job in jobs))
                 await worker.release(*held)
+                self.until = time.monotonic() + WAIT_S
                 await together(self.sweep(), self.rescue())
             while await self.erase(limit=1_000):
                 pass
@@ -282,15 +317,25 @@ async def test_nothing_deadlocks_and_nothing_is_lost_for_long(database_url: str,
     await _bustle(database_url, seed=seed, steps=400)
 
 
-async def _bustle(url: str, *, seed: int, steps: int) -> None:
+@pytest.mark.long
+async def test_nothing_deadlocks_in_ten_minutes(database_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    done = await _bustle(database_url, seed=1, steps=10**9, seconds=BUSTLE_S)
+    with capsys.disabled():
+        sys.stdout.write(f"\n{BUSTLE_S:g} s without a deadlock: {done}\n")
+
+
+async def _bustle(url: str, *, seed: int, steps: int, seconds: float = 600.0) -> dict[str, int]:
     async with connections(url, 40) as sessions:
-        bustle = Bustle(sessions, random.Random(seed), steps)
+        bustle = Bustle(sessions, random.Random(seed), steps, seconds)
         await bustle.run()
+        assert not bustle.errors, "\n\n".join(bustle.errors)
+        bustle.steps = 1
         await bustle.come_to_an_end()
-        assert await fetch(url, "SELECT count(*) FROM batch") == [(len(bustle.batch_ids) - len(bustle.deleted_ids),)]
+        assert await fetch(url, "SELECT count(*) FROM batch") == [(len(bustle.batch_ids),)]
     assert await fetch(url, "SELECT 1 FROM job WHERE finished_at IS NULL") == []
     assert await fetch(url, DIFFERENCES) == []
     assert await deadlock_count(url) == 0
+    return dict(bustle.done)
 
 
 async def test_the_last_results_of_a_batch_finish_it_once(database_url: str) -> None:
@@ -374,7 +419,7 @@ async def test_two_workers_that_slept_an_hour_do_not_deadlock(database_url: str,
     identities = [Identity(id=UUID(int=n), machine="m", pid=n, version="0", slots=1) for n in (1, 2)]
     for identity in identities:
         async with sessions.begin() as session:
-            await workers.beat(session, identity, running=0)
+            await workers.beat(session, identity, running=0, dropped=0)
     await execute(sessions, "UPDATE worker SET beat_at = now() - interval '2 hours'")
     async with sessions.begin() as session:
         # the first half of the other's beat
@@ -383,14 +428,14 @@ async def test_two_workers_that_slept_an_hour_do_not_deadlock(database_url: str,
         waiting = asyncio.create_task(_until_something_waits_for_a_lock(database_url))
         await asyncio.wait({beating, waiting}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
-        await workers.beat(session, identities[1], running=0)
+        await workers.beat(session, identities[1], running=0, dropped=0)
     await beating
     assert await fetch(database_url, "SELECT count(*) FROM worker") == [(2,)]
 
 
 async def _beat(sessions: Sessions, identity: Identity) -> None:
     async with sessions.begin() as session:
-        await workers.beat(session, identity, running=0)
+        await workers.beat(session, identity, running=0, dropped=0)
 
 
 async def test_hosts_are_ordered_alike_by_everyone_who_locks_them(database_url: str, sessions: Sessions) -> None:
@@ -433,7 +478,7 @@ async def test_a_result_that_comes_after_the_rescue_counts_as_dropped(sessions: 
     _, [job] = await worker.claim_one()
     await execute(sessions, "UPDATE host SET next_at = now()")
     async with sessions.begin() as session:
-        await queue.rescue(session, await hosts.lock_stranded(session, limit=10))
+        await queue.rescue(session, await hosts.lock_stranded(session, limit=10), lease_s=LEASE_S)
     assert (await worker.record(success(job))).count == 0
 
 

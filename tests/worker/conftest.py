@@ -18,7 +18,7 @@ from app.fetch.transport import Transport
 from app.jobs import queue, reads
 from app.jobs.database import Sessions
 from app.jobs.ids import new_batch_id
-from app.jobs.values import NewBatch, NewJob
+from app.jobs.values import NewBatch, NewJobs
 from app.jobs.workers import Identity
 from app.worker.pool import Pool, PoolSettings
 from app.worker.upkeep import Upkeep
@@ -54,7 +54,10 @@ class Service:
         values = {"slots": 20, "host_concurrency": 4, "host_delay_s": 0.0, "lease_s": 30.0, "drain_grace_s": 10.0}
         settings = PoolSettings(limits=LIMITS, **{**values, **changes})
         pool = Pool(sessions=self.sessions, transport=transport, identity=identity, settings=settings)
-        running = [asyncio.create_task(pool.run()), asyncio.create_task(Upkeep(self.sessions).run())]
+        running = [
+            asyncio.create_task(pool.run()),
+            asyncio.create_task(Upkeep(self.sessions, lease_s=settings.lease_s).run()),
+        ]
         try:
             yield pool
         finally:
@@ -68,9 +71,10 @@ class Service:
 
     async def submit(self, *urls: str, request: dict[str, Any] | None = None, **options: Any) -> UUID:
         batch = NewBatch(id=new_batch_id(), name=None, metadata=None, options=options, skipped=[])
-        targets = [check_url(url, POLICY) for url in urls]
+        jobs = NewJobs()
+        for target in [check_url(url, POLICY) for url in urls]:
+            jobs.add(target.url, target.host, request=request)
         async with self.sessions.begin() as session:
-            jobs = [NewJob(url=target.url, host=target.host, request=request) for target in targets]
             await queue.enqueue(session, batch, jobs)
         return batch.id
 

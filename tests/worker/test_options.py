@@ -7,7 +7,7 @@ from app.api.schemas import BatchOptions, Bounds
 from app.fetch.limits import Limits
 from app.jobs.values import ClaimedJob
 from app.settings import Settings
-from app.worker.options import LIMIT_OPTIONS, for_job
+from app.worker.options import LIMIT_OPTIONS, for_batch, for_job
 from tests.worker.conftest import LIMITS
 
 TIMEOUTS = {"timeout_s", "connect_timeout_s", "read_timeout_s"}
@@ -40,7 +40,7 @@ def test_every_limit_is_a_setting_and_an_option_with_a_bound() -> None:
 
 def test_an_option_of_the_batch_sets_its_limit_and_no_other() -> None:
     for option, limit in LIMIT_OPTIONS.items():
-        limits = for_job(claimed(), {option: 1}, LIMITS).request.limits
+        limits = for_job(claimed(), for_batch({option: 1}, LIMITS)).request.limits
         assert {each.name for each in fields(Limits) if getattr(limits, each.name) != getattr(LIMITS, each.name)} == {
             limit
         }
@@ -48,4 +48,4 @@ def test_an_option_of_the_batch_sets_its_limit_and_no_other() -> None:
 
 
 def test_a_job_goes_before_its_batch() -> None:
-    assert for_job(claimed(timeout_s=2.0), {"timeout_s": 3.0}, LIMITS).request.limits.deadline_s == 2.0
+    assert for_job(claimed(timeout_s=2.0), for_batch({"timeout_s": 3.0}, LIMITS)).request.limits.deadline_s == 2.0

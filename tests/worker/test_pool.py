@@ -198,6 +198,47 @@ async def test_a_suspect_runs_with_no_other_fetch_open(service: Service, session
         assert at_once == [1]
 
 
+async def test_an_accused_job_is_convicted_without_another_fetch(service: Service, sessions: Sessions) -> None:
+    async with serving() as site:
+        batch_id = await service.submit(site.url("/poison"), site.url("/innocent"))
+        async with sessions.begin() as session:
+            accuse = "UPDATE job SET attempt = 3, lost = 3, crashes = 3, accused = true WHERE url LIKE '%poison'"
+            await session.execute(text(accuse))
+        async with service.worker():
+            batch = await service.finished(batch_id)
+        assert (batch.counts.succeeded, batch.errors) == (1, {"poisoned": 1})
+        assert site.hits == Counter({"/innocent": 1})
+
+
+async def test_a_result_that_comes_after_its_lease_is_counted_and_its_job_cleared(
+    service: Service, sessions: Sessions
+) -> None:
+    async with serving() as site, service.worker():
+        batch_id = await service.submit(site.url("/held"))
+        await site.wait_for_hits(1)
+        async with sessions.begin() as session:  # as another's claim did, though the lease had not ended
+            await session.execute(text("UPDATE host SET lease = lease + 1, owner = NULL, next_at = 'infinity'"))
+            await session.execute(
+                text("UPDATE job SET status = 'queued', lease = NULL, lost = 1, crashes = 1, run_at = 'infinity'")
+            )
+            await session.execute(text("UPDATE tally SET queued = 1, running = 0"))
+        site.gate.set()
+        async with asyncio.timeout(10):
+            while await dropped(sessions) == 0:
+                await asyncio.sleep(0.02)
+        async with sessions.begin() as session:
+            assert (await session.execute(text("SELECT status, crashes FROM job"))).one() == ("queued", 0)
+        await _cancel(service, batch_id)
+        await service.finished(batch_id)
+    async with sessions.begin() as session:
+        assert not await session.scalar(text("SELECT count(*) FROM worker"))
+
+
+async def dropped(sessions: Sessions) -> int:
+    async with sessions.begin() as session:
+        return int(await session.scalar(text("SELECT sum(dropped) FROM worker")) or 0)
+
+
 async def test_a_result_that_cannot_be_stored_fails_its_job_alone(service: Service, sessions: Sessions) -> None:
     async with sessions.begin() as session:
         await session.execute(text("ALTER TABLE job ADD CONSTRAINT odd CHECK (http_status <> 299)"))

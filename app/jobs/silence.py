@@ -1,0 +1,85 @@
+"""Ends connections that died without a word: a machine lost its power, or a firewall forgot them.
+
+Such a connection is never closed, so a statement on it waits for its whole deadline, though a new one would be answered
+at once. So one that is in use for long is asked after on another. Where PostgreSQL cannot be reached at all, nothing is
+ended: there is nothing better to be had.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import asyncpg
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from app.jobs.database import DATABASE_ERRORS, connect
+
+LOOK_EVERY_S = 0.5
+IN_USE_S = 1.5
+"""Transactions take milliseconds; one that lasts this long is asked after."""
+ASK_TIMEOUT_S = 2.0
+
+# A server that works on a statement is active. One that has just ended it may have its answer on the way.
+AT_WORK = """
+    SELECT pid FROM pg_stat_activity
+    WHERE pid = ANY($1::int[]) AND (state = 'active' OR state_change > now() - interval '1 second')
+"""
+
+
+@asynccontextmanager
+async def watching(engine: AsyncEngine, url: str) -> AsyncIterator[None]:
+    """Watch the engine's connections to this URL; not behind PgBouncer, where no server is a connection's own."""
+    watch = asyncio.create_task(_Watch(engine, url).run())
+    try:
+        yield
+    finally:
+        watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await watch
+
+
+class _Watch:
+    def __init__(self, engine: AsyncEngine, url: str) -> None:
+        self._url = url
+        self._in_use: dict[asyncpg.Connection, float] = {}
+        event.listen(engine.sync_engine, "checkout", self._note_checkout)
+        event.listen(engine.sync_engine, "checkin", self._note_checkin)
+
+    async def run(self) -> None:
+        """Look for ever."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            if long_in_use := self._long_in_use():
+                with suppress(TimeoutError, *DATABASE_ERRORS):
+                    await self._end_silent(long_in_use)
+
+    def _long_in_use(self) -> Sequence[asyncpg.Connection]:
+        now = time.monotonic()
+        self._in_use = {each: since for each, since in self._in_use.items() if not each.is_closed()}
+        return [each for each, since in self._in_use.items() if now - since >= IN_USE_S]
+
+    async def _end_silent(self, connections: Sequence[asyncpg.Connection]) -> None:
+        asked_at = time.monotonic()
+        at_work = await self._find_at_work([each.get_server_pid() for each in connections])
+        for each in connections:
+            is_in_same_use = self._in_use.get(each, asked_at) < asked_at
+            if is_in_same_use and each.get_server_pid() not in at_work:
+                each.terminate()  # who waits for it has its error now, and the engine makes all its connections anew
+
+    async def _find_at_work(self, pids: Sequence[int]) -> set[int]:
+        async with asyncio.timeout(ASK_TIMEOUT_S):
+            connection = await connect(self._url)
+            try:
+                return {row["pid"] for row in await connection.fetch(AT_WORK, pids)}
+            finally:
+                connection.terminate()
+
+    def _note_checkout(self, adapted: Any, *_: object) -> None:
+        self._in_use[adapted.driver_connection] = time.monotonic()
+
+    def _note_checkin(self, adapted: Any, *_: object) -> None:
+        if adapted is not None:  # it was given up
+            self._in_use.pop(adapted.driver_connection, None)

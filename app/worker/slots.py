@@ -1,0 +1,267 @@
+"""The slots of one worker: which of the claimed jobs runs next, and what becomes of each that has ended.
+
+Decided in memory, without waiting: nothing here asks the database. Does not fetch and does not judge.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from app.fetch.limits import Limits
+from app.fetch.transport import Transport
+from app.jobs.ids import shard_of_host
+from app.jobs.leases import BackOff
+from app.jobs.values import ClaimedJob, Result, Returned
+from app.outcome import FailureCode, Outcome, Response
+from app.worker import attempt, options, retry
+from app.worker.holds import Hold, Holds, Places, Seat
+from app.worker.options import SharedOptions
+from app.worker.recorder import Recorder
+
+BATCH_OPTIONS_MAX = 1_000
+
+logger = logging.getLogger(__name__)
+
+
+class Slots:
+    """Room for `count` fetches, and the jobs that wait for it or for their host.
+
+    `wake` is called when the pool has something to do: to learn options, to claim, or to give a host back.
+    """
+
+    def __init__(
+        self,
+        *,
+        count: int,
+        host_concurrency: int,
+        limits: Limits,
+        holds: Holds,
+        transport: Transport,
+        recorder: Recorder,
+        wake: Callable[[], None],
+    ) -> None:
+        self._count = count
+        self._limits = limits
+        self._holds = holds
+        self._transport = transport
+        self._recorder = recorder
+        self._wake = wake
+        self._ready: deque[Hold] = deque()
+        self._places = Places(host_concurrency, self._place_is_free)
+        self._options: dict[UUID, SharedOptions] = {}
+        self._cancelled: set[UUID] = set()
+        self._suspect: Hold | None = None
+        self.unknown: set[UUID] = set()
+        """Batches whose options are to be learned; their jobs wait for it."""
+        self.returned: list[tuple[Hold, Returned]] = []
+        """Jobs that are to be given back, and where they are from."""
+        self.running_count = 0
+        self.waiting_count = 0
+
+    # Jobs that come, and that go again before they started
+
+    def supply(self, hold: Hold, jobs: Sequence[ClaimedJob]) -> None:
+        """Take jobs in that were claimed at a host."""
+        hold.waiting.extend(jobs)
+        self.waiting_count += len(jobs)
+        self.unknown |= {job.batch_id for job in jobs} - self._options.keys()
+        self._make_ready(hold)
+
+    def learn_options(self, learned: Mapping[UUID, dict[str, Any]]) -> None:
+        """Take the options of unknown batches in; their jobs may start."""
+        while len(self._options) > BATCH_OPTIONS_MAX:
+            del self._options[next(iter(self._options))]
+        self._options |= {batch_id: options.for_batch(asked, self._limits) for batch_id, asked in learned.items()}
+        self.unknown.clear()
+        for hold in self._holds.values():
+            self._make_ready(hold)
+
+    def return_waiting(self, hold: Hold) -> None:
+        """Have the host's jobs given back that have not started."""
+        self._return(hold, [Returned(job=job) for job in self._drop_waiting(hold)])
+
+    def stop_running(self, hold: Hold) -> None:
+        """Cancel what runs at the host; each job is given back, or fails if it must not be repeated."""
+        for task in hold.running:
+            task.cancel()
+
+    def present_batches(self) -> set[UUID]:
+        """Return the batches of all jobs that run or wait here."""
+        return {job.batch_id for hold in self._holds.values() for job in (*hold.waiting, *hold.running.values())}
+
+    def cancel(self, batch_ids: Iterable[UUID]) -> None:
+        """End the jobs of batches that their clients cancelled."""
+        self._cancelled = set(batch_ids)
+        if self._cancelled:
+            for hold in self._holds.values():
+                self._cancel_at(hold)
+
+    def _cancel_at(self, hold: Hold) -> None:
+        waiting = self._drop_waiting(hold)
+        self.supply(hold, [job for job in waiting if job.batch_id not in self._cancelled])
+        for job in waiting:
+            if job.batch_id in self._cancelled:
+                self._offer(hold, attempt.cancelled(job))
+        for task, job in hold.running.items():
+            if job.batch_id in self._cancelled:
+                task.cancel()
+
+    def _drop_waiting(self, hold: Hold) -> list[ClaimedJob]:
+        jobs = list(hold.waiting)
+        hold.waiting.clear()
+        self.waiting_count -= len(jobs)
+        return jobs
+
+    def _return(self, hold: Hold, returned: Sequence[Returned]) -> None:
+        hold.unrecorded += len(returned)
+        self.returned += [(hold, one) for one in returned]
+
+    # What starts next
+
+    def start_ready(self) -> None:
+        """Start fetches, one of each host in turn, while there are slots."""
+        while self._ready and self._may_start():
+            hold = self._ready.popleft()
+            hold.is_ready = False
+            if self._start_one(hold):
+                self._make_ready(hold)
+
+    def next_suspect(self) -> tuple[Hold, ClaimedJob] | None:
+        """Return the suspect to start once nothing else runs; until it has ended nothing else starts.
+
+        The one before it is noted as alone until its result is stored, and must not be blamed for what this one does.
+        """
+        hold = self._suspect
+        if hold is None or self.running_count or not self._recorder.is_empty:
+            return None
+        if hold.is_lost or not hold.waiting or not hold.waiting[0].is_suspect:
+            self._suspect = None
+            self._make_ready(hold)
+            return None
+        return hold, hold.waiting[0]
+
+    def start_suspect(self, hold: Hold, *, is_ours: bool) -> None:
+        """Start the suspect at the head of this host, or drop it when it is another worker's by now."""
+        if hold.is_lost or not hold.waiting:
+            return
+        if not is_ours:
+            hold.waiting.popleft()
+            self.waiting_count -= 1
+        elif self._places.try_enter(hold.host):
+            self._start_job(hold, time.monotonic())
+
+    def _make_ready(self, hold: Hold) -> None:
+        if not hold.is_ready and hold.waiting and not hold.is_lost:
+            hold.is_ready = True
+            self._ready.append(hold)
+
+    def _place_is_free(self, host: str) -> None:
+        hold = self._holds.get((shard_of_host(host), host))
+        if hold is not None:
+            self._make_ready(hold)
+
+    def _may_start(self) -> bool:
+        return self.running_count < self._count and not self._recorder.is_full and self._suspect is None
+
+    def _start_one(self, hold: Hold) -> bool:
+        """Start the host's next job if it may; what holds it back makes the host ready again when it is over."""
+        now = time.monotonic()
+        if not hold.waiting or hold.is_lost or now >= hold.stops_at:
+            return False
+        if hold.next_start_at > now:
+            hold.is_ready = True  # by the timer, and no other way before
+            asyncio.get_running_loop().call_later(hold.next_start_at - now, self._resume, hold)
+            return False
+        if (batch_id := hold.waiting[0].batch_id) not in self._options:
+            self.unknown.add(batch_id)
+            self._wake()
+            return False
+        if hold.back_offs and hold.running:
+            return False  # one at a time, until one gets through
+        if hold.waiting[0].is_suspect:
+            return self._convict_or_await(hold)
+        if not self._places.try_enter(hold.host):
+            return False
+        self._start_job(hold, now)
+        return True
+
+    def _convict_or_await(self, hold: Hold) -> bool:
+        if not hold.waiting[0].accused:
+            self._suspect = hold
+            if not self.running_count:
+                self._wake()  # or the last to end does
+            return False
+        self.waiting_count -= 1
+        self._offer(hold, attempt.poisoned(hold.waiting.popleft()))
+        return True
+
+    def _start_job(self, hold: Hold, now: float) -> None:
+        """Start the first waiting job; its place at the host is taken."""
+        job = hold.waiting.popleft()
+        self.waiting_count -= 1
+        self.running_count += 1
+        hold.note_start(now)
+        seat = Seat(self._places, hold.host)
+        task = asyncio.create_task(self._run_job(hold, job, self._options[job.batch_id], seat))
+        hold.running[task] = job
+        task.add_done_callback(lambda task: self._end_job(hold, seat, task))
+
+    def _resume(self, hold: Hold) -> None:
+        hold.is_ready = False
+        self._make_ready(hold)
+        self.start_ready()
+
+    # What becomes of it
+
+    async def _run_job(self, hold: Hold, job: ClaimedJob, batch: SharedOptions, seat: Seat) -> None:
+        started_at = time.monotonic()
+        asked = options.for_job(job, batch)
+        outcome, result = await attempt.run(job, asked, transport=self._transport, move=seat.move)
+        self._note_host(hold, outcome, started_at)
+        self._offer(hold, result)
+
+    def _end_job(self, hold: Hold, seat: Seat, task: asyncio.Task[None]) -> None:
+        """Account for a fetch that ended, in whatever way: also one that was cancelled before its first step."""
+        job = hold.running.pop(task)
+        if job.is_suspect:
+            self._suspect = None
+            self._make_ready(hold)
+        hold.ended_count += 1
+        self._make_ready(hold)
+        self.running_count -= 1
+        seat.leave()
+        if task.cancelled():
+            self._settle_cancelled(hold, job)
+        elif (bug := task.exception()) is not None:
+            logger.error("Attempt %d of job %s broke", job.attempt, job.id, exc_info=bug)
+            self._offer(hold, attempt.broken(job))
+        self.start_ready()
+        if self.running_count * 2 < self._count or (not hold.is_dry and len(hold.waiting) < hold.concurrency):
+            self._wake()
+
+    def _settle_cancelled(self, hold: Hold, job: ClaimedJob) -> None:
+        """This worker cancelled the fetch: for the client, because the lease is lost, or at the end of the grace."""
+        code = FailureCode.LEASE_LOST if hold.is_lost else FailureCode.SHUTDOWN_INTERRUPTED
+        if job.batch_id in self._cancelled:
+            self._offer(hold, attempt.cancelled(job))
+        elif job.repeatable:
+            self._return(hold, [attempt.returned(job, code)])
+        else:
+            self._offer(hold, attempt.interrupted(job, code))
+
+    def _note_host(self, hold: Hold, outcome: Outcome, started_at: float) -> None:
+        delay_s = retry.back_off_s(outcome, back_offs=hold.back_offs)
+        if delay_s is not None and started_at >= hold.backed_off_at:
+            hold.note_back_off(time.monotonic(), delay_s)
+            self._recorder.add_back_off(BackOff(lease=hold.lease, delay_s=delay_s, count=hold.back_offs))
+        elif isinstance(outcome, Response) and delay_s is None and hold.back_offs and started_at >= hold.backed_off_at:
+            hold.back_offs = 0
+            self._recorder.add_back_off(BackOff(lease=hold.lease, delay_s=0.0, count=0))
+
+    def _offer(self, hold: Hold, result: Result) -> None:
+        hold.unrecorded += 1
+        self._recorder.add(result)

@@ -1,0 +1,40 @@
+"""Connections that are in use for long: ended when their server waits, left alone when it works."""
+
+import asyncio
+
+import pytest
+from sqlalchemy import text
+
+from app.jobs.database import DATABASE_ERRORS, make_engine, make_sessions
+from app.jobs.silence import IN_USE_S, watching
+from tests.databases import connect
+
+
+async def test_a_statement_that_takes_long_is_left_to_work(database_url: str) -> None:
+    engine = make_engine(database_url)
+    async with watching(engine, database_url), make_sessions(engine).begin() as session:
+        assert await session.scalar(text("SELECT pg_sleep(:s) IS NULL"), {"s": IN_USE_S + 2}) is False
+    await engine.dispose()
+
+
+async def test_a_connection_whose_server_waits_for_us_is_ended(database_url: str) -> None:
+    """As when what we sent never arrived: the server waits for it, and we for the answer."""
+    engine = make_engine(database_url)
+    async with watching(engine, database_url), make_sessions(engine)() as session:
+        pid = await session.scalar(text("SELECT pg_backend_pid()"))
+        await _has_ended(database_url, pid)
+        with pytest.raises(DATABASE_ERRORS):
+            await session.scalar(text("SELECT 1"))
+        await session.rollback()
+        assert await session.scalar(text("SELECT 1")) == 1
+    await engine.dispose()
+
+
+async def _has_ended(url: str, pid: int) -> None:
+    connection = await connect(url)
+    try:
+        async with asyncio.timeout(20):
+            while await connection.fetchval("SELECT true FROM pg_stat_activity WHERE pid = $1", pid):
+                await asyncio.sleep(0.05)
+    finally:
+        await connection.close()
