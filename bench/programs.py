@@ -29,15 +29,20 @@ class Broken(Exception):
 
 
 @contextmanager
-def started(command: Sequence[str | Path], *, environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen]:
-    """Run a program for as long as this lasts; what it says on standard error goes into `log`."""
+def started(
+    command: Sequence[str | Path], *, environment: Mapping[str, str], log: Path, is_heard: bool = True
+) -> Iterator[subprocess.Popen]:
+    """Run a program for as long as this lasts; what it says on standard error goes into `log`.
+
+    Its standard output as well, unless `is_heard`: it is read by the caller then, or the program would wait.
+    """
     with log.open("ab") as errors:
         process = subprocess.Popen(
             [str(part) for part in command],
             env=dict(environment),
             cwd=log.parent,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=subprocess.PIPE if is_heard else errors,
             stderr=errors,
             start_new_session=True,  # Ctrl-C is this program's, which then ends the others in order
         )

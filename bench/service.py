@@ -84,11 +84,14 @@ class Service:
         raise Broken(f"Not finished within {RUN_S_MAX:g} s: {batch['counts']}\n{tail(self._log)}")
 
     def call(self, method: str, path: str, body: Any = None, *, prefer: str | None = None) -> tuple[int, Any]:
-        """Send one request over a connection of its own (idle ones are closed by the service); status and JSON."""
+        """Send one request over a connection of its own (idle ones are closed by the service); status and JSON.
+
+        `body` is JSON already if it is bytes.
+        """
         headers = {"Content-Type": "application/json"} if body is not None else {}
         if prefer is not None:
             headers["Prefer"] = prefer
-        content = json.dumps(body).encode() if body is not None else None
+        content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         with closing(http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=ANSWER_S)) as connection:
             connection.request(method, path, body=content, headers=headers)
             response = connection.getresponse()
@@ -97,6 +100,14 @@ class Service:
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds so far of all its processes, by part."""
         return usage.tree_cpu_s(self.process.pid)
+
+    def peak_bytes(self) -> dict[str, int]:
+        """The most memory that its processes had so far, by part; what they share is counted for each."""
+        return usage.tree_peak_bytes(self.process.pid)
+
+    def pss_bytes(self) -> dict[str, int]:
+        """Memory of its processes now, by part; what they share is divided among them."""
+        return usage.tree_pss_bytes(self.process.pid)
 
 
 @contextmanager
@@ -108,12 +119,8 @@ def serving(folder: Path, *arguments: str, source: Path = ROOT, **settings: str)
     folder.mkdir(mode=0o711, exist_ok=True)
     folder.chmod(0o711)
     log = folder / "service.log"
-    environment = clean_environment(
-        FETCHPOOL_DATA_DIR=str(folder / "data"),
-        FETCHPOOL_ALLOW_NETWORKS="127.0.0.0/8",
-        PYTHONPATH=str(source),
-        **settings,
-    )
+    own = {"FETCHPOOL_DATA_DIR": str(folder / "data"), "FETCHPOOL_ALLOW_NETWORKS": "127.0.0.0/8"}
+    environment = clean_environment(**{"PYTHONPATH": str(source)} | own | settings)
     command = [SERVICE_PYTHON.with_name("fetchpool"), "serve", "--port", "0", *arguments]
     with started(command, environment=environment, log=log) as process:
         yield Service(process, _read_greeting(process, log), folder, log)

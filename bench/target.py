@@ -22,6 +22,7 @@ PIECE_BYTES = 2_500
 """nginx takes no longer text in one piece of its configuration than 4 KiB."""
 
 HOSTS = 49
+LISTENING_MAX = 256
 READY_S = 10.0
 
 CONFIGURATION = """\
@@ -66,21 +67,29 @@ class Site:
     ports: dict[str, int]
     ca_file: Path | None = None
 
+    def origins(self, *, kind: str = "http") -> list[str]:
+        """What the URLs of each host begin with."""
+        return [f"{kind.partition('-')[0]}://{host}:{self.ports[kind]}" for host in self.hosts]
+
     def urls(self, count: int, *, kind: str = "http", series: str = "0") -> list[str]:
         """So many URLs, over all hosts in turn; another series is of other pages."""
-        scheme, port = kind.partition("-")[0], self.ports[kind]
-        return [f"{scheme}://{self.hosts[n % len(self.hosts)]}:{port}/{series}/{n}.html" for n in range(count)]
+        origins = self.origins(kind=kind)
+        return [f"{origins[n % len(origins)]}/{series}/{n}.html" for n in range(count)]
 
 
 @contextmanager
 def nginx(folder: Path, *, hosts: Sequence[str] | None = None, tls: bool = False) -> Iterator[Site]:
-    """Serve pages on every host: `http`, and with `tls` also `https` and `https-fresh`, one request a connection."""
+    """Serve pages on every host: `http`, and with `tls` also `https` and `https-fresh`, one request a connection.
+
+    `hosts` are loopback addresses; when they are too many to listen on each, one socket takes all of 127.0.0.0/8.
+    """
     names = tuple(hosts or loopback_hosts(HOSTS))
     kinds = ["http", "https", "https-fresh"] if tls else ["http"]
     ports = dict(zip(kinds, _free_ports(len(kinds)), strict=True))
     ca_file = _issue_certificate(folder, names) if tls else None
     configuration = folder / "nginx.conf"
-    configuration.write_text(_configuration(folder, names, ports))
+    listening = names if len(names) <= LISTENING_MAX else ("0.0.0.0",)
+    configuration.write_text(_configuration(folder, listening, ports))
     log = folder / "nginx.out"
     command = ["nginx", "-p", folder, "-c", configuration, "-e", folder / "nginx.log"]
     with started(command, environment=clean_environment(), log=log) as process:

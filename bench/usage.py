@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -52,6 +53,19 @@ def tree_pss_bytes(pid: int) -> dict[str, int]:
         except psutil.NoSuchProcess:
             continue
     return dict(held)
+
+
+def tree_peak_bytes(pid: int) -> dict[str, int]:
+    """The most resident memory so far of a process and its descendants by part, the peaks of a part added up."""
+    peaks: dict[str, int] = defaultdict(int)
+    for process in tree(pid):
+        try:
+            name, status = process.name(), Path(f"/proc/{process.pid}/status").read_text()
+        except (psutil.NoSuchProcess, OSError):
+            continue
+        if found := re.search(r"VmHWM:\s+(\d+) kB", status):
+            peaks[_part(name)] += int(found[1]) * 1024
+    return dict(peaks)
 
 
 def read() -> Reading:
