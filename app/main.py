@@ -39,7 +39,7 @@ from app.fetch.policy import Policy
 from app.fetch.resolver import Resolver
 from app.fetch.transport import Transport
 from app.jobs import embedded
-from app.jobs.database import DATABASE_ERRORS, listen, make_engine, make_readers, make_sessions, migrate
+from app.jobs.database import DATABASE_ERRORS, Sessions, listen, make_engine, make_readers, make_sessions, migrate
 from app.jobs.silence import watching
 from app.jobs.workers import Identity
 from app.settings import Settings
@@ -139,10 +139,9 @@ async def _serve_until_stopped(settings: Settings, listener: socket.socket) -> N
 
 
 def _make_api(settings: Settings, engine: AsyncEngine, port: int) -> FastAPI:
-    sessions = make_sessions(engine)
     return create_app(
-        sessions=sessions,
-        readers=sessions if settings.pgbouncer else make_readers(engine),
+        sessions=make_sessions(engine),
+        readers=_make_readers(engine, settings),
         policy=_make_policy(settings, port),
         version=__version__,
         host=settings.host,
@@ -259,8 +258,14 @@ def _greet(settings: Settings, port: int) -> None:
 
 async def _work_until_stopped(settings: Settings, transport: Transport, *, of_a_service: bool) -> None:
     engine = make_engine(_database_url(settings), pgbouncer=settings.pgbouncer, pool_size=WORKER_CONNECTIONS)
-    sessions = make_sessions(engine)
-    pool = Pool(sessions=sessions, transport=transport, identity=_identity(settings), settings=_pool_settings(settings))
+    sessions, readers = make_sessions(engine), _make_readers(engine, settings)
+    pool = Pool(
+        sessions=sessions,
+        readers=readers,
+        transport=transport,
+        identity=_identity(settings),
+        settings=_pool_settings(settings),
+    )
     stops = itertools.chain([pool.drain], itertools.repeat(pool.stop))
     _on_signal(lambda: next(stops)())
     if not of_a_service:
@@ -269,7 +274,7 @@ async def _work_until_stopped(settings: Settings, transport: Transport, *, of_a_
         _on_closed_stdin(pool.drain)
     try:
         async with _watched(engine, settings), asyncio.TaskGroup() as group:
-            beside = [group.create_task(Upkeep(sessions, lease_s=settings.lease_s).run())]
+            beside = [group.create_task(Upkeep(sessions, readers=readers, lease_s=settings.lease_s).run())]
             if not settings.pgbouncer:
                 beside.append(group.create_task(_hear_hints(_database_url(settings), pool.wake)))
             await pool.run()
@@ -457,6 +462,10 @@ async def _with_database(settings: Settings) -> AsyncIterator[Settings]:
 
 async def _migrate(settings: Settings) -> None:
     await migrate(_database_url(settings), pgbouncer=settings.pgbouncer)
+
+
+def _make_readers(engine: AsyncEngine, settings: Settings) -> Sessions:
+    return make_sessions(engine) if settings.pgbouncer else make_readers(engine)
 
 
 def _watched(engine: AsyncEngine, settings: Settings) -> AbstractAsyncContextManager[None]:

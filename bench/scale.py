@@ -6,7 +6,7 @@ hosts. The cases take turns, each with a service and data of its own that is sta
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,12 +37,16 @@ TABLES = ("job", "host", "tally", "histogram", "body", "attempt")
 
 @dataclass(frozen=True)
 class Case:
-    """What is pending, and on how many hosts; `batches` are filled in once, or for each round those of `in_round`."""
+    """What is pending, and on how many hosts; `batches` are filled in once, or for each round those of `in_round`.
+
+    `settings` are further ones of the service.
+    """
 
     title: str
     hosts: Sequence[str]
     batches: Sequence[Pages] = ()
     in_round: Callable[[int], Pages] | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
     moves: list["Moves"] = field(default_factory=list)
 
 
@@ -60,7 +64,7 @@ def measure() -> None:
     with ExitStack() as stack:
         folder = stack.enter_context(scratch())
         site = stack.enter_context(nginx(folder, hosts=loopback_hosts(MANY_HOSTS)))
-        cases = _cases(site, asked.jobs, asked.pending, asked.rounds)
+        cases = _cases(site, asked.jobs, asked.pending, asked.rounds, asked.in_flight)
         found: dict[str, Contender] = {}
         for name, case in cases.items():
             data = folder / f"case-{len(found)}"
@@ -73,7 +77,7 @@ def measure() -> None:
     rounds.finish(_report(cases, samples, sizes), samples, save=not asked.no_save)
 
 
-def _cases(site: Site, jobs: int, pending: int, count: int) -> dict[str, Case]:
+def _cases(site: Site, jobs: int, pending: int, count: int, in_flight: int) -> dict[str, Case]:
     origins = site.origins()
     some, one = origins[:HOSTS], origins[:1]
     a_round = WARM_UP + jobs + LEFT
@@ -85,7 +89,13 @@ def _cases(site: Site, jobs: int, pending: int, count: int) -> dict[str, Case]:
             in_round=lambda number: Pages(some, f"small-{number}", a_round),
         ),
         "pending": Case(f"{pending:,} pending", some, [Pages(some, "large", pending)]),
-        "host": Case("1 host", one, in_round=lambda number: Pages(one, f"host-{number}", a_round)),
+        # With the shipped limit of a host, the loop would have many more in flight than the service may.
+        "host": Case(
+            f"1 host, {in_flight} in flight at most",
+            one,
+            in_round=lambda number: Pages(one, f"host-{number}", a_round),
+            settings={"FETCHPOOL_HOST_CONCURRENCY": str(in_flight)},
+        ),
         "hosts": Case(f"{MANY_HOSTS:,} hosts, a URL each", origins, [Pages(origins, "hosts", MANY_HOSTS)]),
         "batches": Case(
             f"{MANY_BATCHES:,} batches",
@@ -103,7 +113,7 @@ def _fill_once(case: Case, data: Path) -> None:
 
 def _taking(case: Case, data: Path, jobs: int) -> Contender:
     def run_once(number: int) -> Sample:
-        with serving(data) as service:
+        with serving(data, **case.settings) as service:
             if case.in_round is not None:
                 fill(service, [case.in_round(number)], data)
             return asyncio.run(_take(service, case, jobs))

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from app.fetch.limits import Limits
 from app.fetch.transport import Transport
-from app.jobs import batches, database, queue, workers
+from app.jobs import batches, database, leases, queue, workers
 from app.jobs.database import DATABASE_ERRORS, Sessions
-from app.jobs.values import ClaimedJob, Result
+from app.jobs.values import ClaimedJob, Lease, Result
 from app.jobs.workers import Identity
 from app.worker.holds import Holds
 from app.worker.keeper import Keeper
@@ -56,8 +56,17 @@ class PoolSettings:
 class Pool:
     """The jobs of one worker process, from claim to record."""
 
-    def __init__(self, *, sessions: Sessions, transport: Transport, identity: Identity, settings: PoolSettings) -> None:
+    def __init__(
+        self,
+        *,
+        sessions: Sessions,
+        readers: Sessions,
+        transport: Transport,
+        identity: Identity,
+        settings: PoolSettings,
+    ) -> None:
         self._sessions = sessions
+        self._readers = readers
         self._identity = identity
         self._settings = settings
         self._woken = asyncio.Event()
@@ -180,15 +189,7 @@ class Pool:
         if now < self._may_claim_at or room <= 0 or self._recorder.is_full:
             return
         settings = self._settings
-        async with self._sessions.begin() as session:
-            claimed = await queue.claim(
-                session,
-                self._identity.id,
-                hosts_max=room,
-                jobs_max=room,
-                jobs_per_host=1 if settings.host_delay_s else settings.host_concurrency,
-                lease_s=settings.lease_s,
-            )
+        claimed = await self._claim_due(room)
         self._claimed_at = time.monotonic()
         self._may_claim_at = self._claimed_at + (CLAIM_PAUSE_S if claimed else POLL_S * random.uniform(0.5, 1.0))
         was_cut = sum(len(jobs) for jobs in claimed.values()) >= room
@@ -196,6 +197,22 @@ class Pool:
             hold = self._keeper.hold(lease, now, concurrency=settings.host_concurrency, delay_s=settings.host_delay_s)
             hold.is_dry = len(jobs) < settings.host_concurrency and not was_cut
             self._slots.supply(hold, jobs)
+
+    async def _claim_due(self, room: int) -> dict[Lease, list[ClaimedJob]]:
+        settings = self._settings
+        if not self._holds:  # at rest: finding nothing takes one round trip like this, and three by a claim
+            async with self._readers() as session:
+                if not await leases.is_any_due(session):
+                    return {}
+        async with self._sessions.begin() as session:
+            return await queue.claim(
+                session,
+                self._identity.id,
+                hosts_max=room,
+                jobs_max=room,
+                jobs_per_host=1 if settings.host_delay_s else settings.host_concurrency,
+                lease_s=settings.lease_s,
+            )
 
     async def _refill(self) -> None:
         now = time.monotonic()
@@ -276,7 +293,7 @@ class Pool:
             return
         self._asked_at = now
         if present := self._slots.present_batches():
-            async with self._sessions.begin() as session:
+            async with self._readers() as session:
                 cancelled = await batches.find_cancelled(session, present)
             self._slots.cancel(cancelled)
 

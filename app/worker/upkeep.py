@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 class Upkeep:
     """A loop beside the pool."""
 
-    def __init__(self, sessions: Sessions, *, lease_s: float) -> None:
+    def __init__(self, sessions: Sessions, *, readers: Sessions, lease_s: float) -> None:
         self._sessions = sessions
+        self._readers = readers
         self._lease_s = lease_s
 
     async def run(self) -> None:
@@ -52,7 +53,7 @@ class Upkeep:
 
     async def _cancel_batches(self) -> None:
         """Cancel what is still in the queue of cancelled batches, chunk by chunk."""
-        async with self._sessions.begin() as session:
+        async with self._readers() as session:
             cancelling = await batches.list_cancelling(session, limit=BATCHES_PER_ROUND_MAX)
         for batch_id, total in cancelling:
             for start in range(0, total, CANCEL_CHUNK):
@@ -63,14 +64,14 @@ class Upkeep:
 
     async def _finish_batches(self) -> None:
         """Finish what nobody did: recorders finish batches at once, but may die between the record and that."""
-        async with self._sessions.begin() as session:
+        async with self._readers() as session:
             finishable = await batches.find_finishable(session, limit=BATCHES_PER_ROUND_MAX)
         if finishable:
             async with self._sessions.begin() as session:
                 await batches.finish(session, finishable)
 
     async def _erase_batches(self) -> None:
-        async with self._sessions.begin() as session:
+        async with self._readers() as session:
             deleted = await batches.list_deleted(session, limit=BATCHES_PER_ROUND_MAX)
         for batch_id in deleted:
             is_left = True

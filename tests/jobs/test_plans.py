@@ -60,6 +60,29 @@ JOB = {"shards": [1], "ids": [uuid4()], "leases": [1], "attempts": [1]}
 COUNTED = ("queued", "running", "succeeded", "failed", "cancelled", "wire_bytes", "body_bytes")
 COUNTS = {name: [1] for name in COUNTED}
 
+
+def many_hosts(count: int) -> dict[str, list[Any]]:
+    """So many leased hosts."""
+    return {"shards": [1] * count, "hosts": [f"host{n}" for n in range(count)], "leases": [1] * count}
+
+
+def results(count: int) -> dict[str, list[Any]]:
+    """So many results to record."""
+    return {
+        "shards": [1] * count,
+        "ids": [uuid4() for _ in range(count)],
+        "leases": [1] * count,
+        "attempts": [1] * count,
+        "statuses": ["failed"] * count,
+        "delays_s": [0.0] * count,
+        "errors": ["read_timeout"] * count,
+        "details": [None] * count,
+        "http_statuses": [None] * count,
+        "evidences": [None] * count,
+        "sha256s": [None] * count,
+    }
+
+
 STATEMENTS: list[tuple[str, TextClause, Mapping[str, Any]]] = [
     ("lock due hosts", leases.LOCK_DUE_HOSTS, {"hosts_max": 40}),
     ("lock held hosts", leases.LOCK_HELD_HOSTS, HELD),
@@ -68,20 +91,9 @@ STATEMENTS: list[tuple[str, TextClause, Mapping[str, Any]]] = [
     ("renew", leases.RENEW, {**HELD, "lease_s": 30.0}),
     ("is any due", leases.IS_ANY_DUE, {}),
     ("take jobs", queue.TAKE_JOBS, {**HOST, "leases": [1], "wanted": [8], "jobs_max": 100}),
-    (
-        "record",
-        queue.RECORD_JOBS,
-        {
-            **JOB,
-            "statuses": ["failed"],
-            "delays_s": [0.0],
-            "errors": ["read_timeout"],
-            "details": [None],
-            "http_statuses": [None],
-            "evidences": [None],
-            "sha256s": [None],
-        },
-    ),
+    ("take many jobs", queue.TAKE_JOBS, {**many_hosts(100), "wanted": [200] * 100, "jobs_max": 2_000}),
+    ("record", queue.RECORD_JOBS, results(1)),
+    ("record many", queue.RECORD_JOBS, results(500)),
     ("give back", queue.GIVE_BACK, {**JOB, "errors": [None], "details": [None]}),
     ("rescue", queue.RESCUE, {**HOST, "leased": [True], "suspect": 2, "accused_s": 5.0, "crashed": "lost"}),
     ("cancel", queue.CANCEL_QUEUED, {"batch_id": uuid4(), "start": 0, "stop": 100}),

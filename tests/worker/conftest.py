@@ -53,10 +53,16 @@ class Service:
         identity = Identity(id=uuid4(), machine="test", pid=os.getpid(), version="0", slots=100)
         values = {"slots": 20, "host_concurrency": 4, "host_delay_s": 0.0, "lease_s": 30.0, "drain_grace_s": 10.0}
         settings = PoolSettings(limits=LIMITS, **{**values, **changes})
-        pool = Pool(sessions=self.sessions, transport=transport, identity=identity, settings=settings)
+        pool = Pool(
+            sessions=self.sessions,
+            readers=self.sessions,
+            transport=transport,
+            identity=identity,
+            settings=settings,
+        )
         running = [
             asyncio.create_task(pool.run()),
-            asyncio.create_task(Upkeep(self.sessions, lease_s=settings.lease_s).run()),
+            asyncio.create_task(Upkeep(self.sessions, readers=self.sessions, lease_s=settings.lease_s).run()),
         ]
         try:
             yield pool
