@@ -268,10 +268,10 @@ async def _work_until_stopped(settings: Settings, transport: Transport, *, of_a_
     )
     stops = itertools.chain([pool.drain], itertools.repeat(pool.stop))
     _on_signal(lambda: next(stops)())
-    if not of_a_service:
-        _greet_worker(settings)
     if of_a_service:
         _on_closed_stdin(pool.drain)
+    else:
+        _greet_worker(settings)
     try:
         async with _watched(engine, settings), asyncio.TaskGroup() as group:
             beside = [group.create_task(Upkeep(sessions, readers=readers, lease_s=settings.lease_s).run())]

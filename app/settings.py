@@ -8,7 +8,6 @@ import math
 import os
 import re
 from contextlib import suppress
-from functools import cached_property
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -178,7 +177,7 @@ class Settings(BaseSettings):
     redirects_max: int = Field(default=10, ge=0, le=50, description="Most redirects followed.")
     informational_max: int = Field(default=16, ge=0, le=1000, description="Most 1xx responses before the final one.")
     encodings_max: int = Field(default=3, ge=0, le=10, description="Most content codings of one response.")
-    decoders: int = Field(default=2, ge=1, le=1000, description="Bodies a worker decompresses at once.")
+    decoders: int = Field(default=2, ge=1, le=1000, description="Large bodies a worker unpacks or packs at once.")
 
     # The log
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -221,8 +220,3 @@ class Settings(BaseSettings):
         if self.timeout_s > self.timeout_s_max:
             raise ValueError("FETCHPOOL_TIMEOUT_S must not be above FETCHPOOL_TIMEOUT_S_MAX")
         return self
-
-    @cached_property
-    def embedded(self) -> bool:
-        """Whether the service brings its own PostgreSQL."""
-        return self.database_url is None

@@ -15,5 +15,5 @@ def configure(level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [stream]
     root.setLevel(level.upper())
-    for chatty in ("asyncio", "alembic", "httpx2", "httpcore2", "uvicorn"):
+    for chatty in ("asyncio", "alembic", "uvicorn"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

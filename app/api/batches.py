@@ -30,7 +30,7 @@ from app.api.schemas import (
 )
 from app.api.waiting import WaitAsked, applied
 from app.jobs import batches, queue, reads
-from app.jobs.database import is_conflict, is_passing
+from app.jobs.database import DATABASE_ERRORS, is_conflict, is_passing
 from app.jobs.values import NewBatch
 from app.outcome import FailureCode
 
@@ -349,7 +349,7 @@ async def _hint(context: Context) -> None:
     try:
         async with asyncio.timeout(HINT_TIMEOUT_S), context.sessions.begin() as session:
             await queue.notify(session)
-    except Exception as error:
+    except DATABASE_ERRORS as error:
         if not is_passing(error):
             raise
         logger.warning("The workers could not be woken; they look by themselves: %s", type(error).__name__)

@@ -17,7 +17,7 @@ from app.api.context import Context
 from app.api.problems import ProblemView
 from app.api.schemas import BATCH_ID_EXAMPLE, JOB_ID_EXAMPLE, BatchRequest, ResultView
 from app.jobs import reads
-from app.jobs.database import is_passing
+from app.jobs.database import DATABASE_ERRORS, is_passing
 from app.outcome import MEANINGS, RETRYABLE, RETRYABLE_STATUSES, FailureCode
 
 STATIC = Path(__file__).parent / "static"
@@ -172,7 +172,7 @@ async def _stored_ids(context: Context) -> dict[UUID, UUID]:
             found = await reads.list_batches(session, limit=1, status="completed")
             found = found or await reads.list_batches(session, limit=1)
             jobs = await reads.list_jobs(session, found[0].id, limit=1, where=reads.JobFilter()) if found else []
-    except Exception as error:
+    except DATABASE_ERRORS as error:
         if not is_passing(error):
             raise
         return {}

@@ -4,15 +4,9 @@
 addresses global, and its answers change between Python releases.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from app.fetch.policy import Policy
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -82,11 +76,6 @@ _IPV6_RANGES = _ranges(IPV6_BLOCKED)
 def parse(text: str) -> Address:
     """Parse an address as a resolver or a socket gives it; raises `ValueError` for anything else."""
     return ip_address(text)
-
-
-def is_allowed(address: Address, policy: Policy) -> bool:
-    """Tell whether a fetch may connect to this address."""
-    return is_inside(address, policy.allow_networks) or is_public(address)
 
 
 def is_inside(address: Address, networks: tuple[Network, ...]) -> bool:

@@ -203,8 +203,8 @@ ERASE_BODIES = text("""
 HAS_JOBS = text("SELECT true FROM job WHERE batch_id = :batch_id LIMIT 1")
 
 ERASE_REST = (
-    text("DELETE FROM histogram WHERE batch_id = :batch_id"),
     text("DELETE FROM tally WHERE batch_id = :batch_id"),
+    text("DELETE FROM histogram WHERE batch_id = :batch_id"),
     text("DELETE FROM batch WHERE id = :batch_id AND deleted_at IS NOT NULL"),
 )
 

@@ -3,13 +3,17 @@
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.jobs.leases import OLDEST_UNFINISHED
 from app.jobs.values import Lost
 
 # A host that nobody leases, or whose lease ended, yet has running jobs: the next claim would rescue them, but a parked
 # host has no next claim.
-STRANDED = text("""
+STRANDED = text(f"""
     SELECT host.shard, host.host, host.owner IS NOT NULL AS was_leased FROM host
-    WHERE EXISTS (SELECT 1 FROM job WHERE job.status = 'running' AND job.shard = host.shard AND job.host = host.host)
+    WHERE EXISTS (
+            SELECT 1 FROM job WHERE job.status = 'running' AND job.shard = host.shard AND job.host = host.host
+                AND job.batch_id >= {OLDEST_UNFINISHED}
+        )
         AND (host.owner IS NULL OR host.next_at <= now())
     ORDER BY host.shard, host.host LIMIT :limit FOR UPDATE SKIP LOCKED
 """)
@@ -37,13 +41,15 @@ LOCK_PARKED = text("""
     ORDER BY shard, host LIMIT :limit FOR UPDATE SKIP LOCKED
 """)
 
-FORGET = text("""
+FORGET = text(f"""
     DELETE FROM host
     USING unnest(CAST(:shards AS smallint[]), CAST(:hosts AS text[])) AS parked(shard, host)
     WHERE host.shard = parked.shard AND host.host = parked.host AND NOT EXISTS (
         SELECT 1 FROM job WHERE job.status = 'queued' AND job.shard = parked.shard AND job.host = parked.host
+            AND job.batch_id >= {OLDEST_UNFINISHED}
     ) AND NOT EXISTS (
         SELECT 1 FROM job WHERE job.status = 'running' AND job.shard = parked.shard AND job.host = parked.host
+            AND job.batch_id >= {OLDEST_UNFINISHED}
     )
 """)
 

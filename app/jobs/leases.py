@@ -41,21 +41,25 @@ LEASE_HOSTS = text("""
     WHERE host.shard = claimed.shard AND host.host = claimed.host
 """)
 
-# The batches that wait at a host, found by jumping from one to the next in the index: a paused or cancelled million
-# costs one step. Not a DISTINCT, which would read every entry.
-WAITING_BATCHES = """
-    WITH RECURSIVE waiting(batch_id) AS (
-        (SELECT batch_id FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
-         ORDER BY batch_id LIMIT 1)
+# Where to start in an index of jobs. Entries of jobs that are done stay, and are stepped over one by one, until a
+# vacuum may remove them: with somebody's transaction open for long there are millions (docs/decisions/0005).
+OLDEST_UNFINISHED = "(SELECT id FROM batch WHERE finished_at IS NULL ORDER BY id LIMIT 1)"
+
+# The batches that wait at a host, each with the time of its first job, found by jumping from one to the next in the
+# index: a paused or cancelled million costs one step. Not a DISTINCT, which would read every entry.
+WAITING_BATCHES = f"""
+    WITH RECURSIVE waiting(batch_id, run_at) AS (
+        (SELECT batch_id, run_at FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
+            AND batch_id >= {OLDEST_UNFINISHED}
+         ORDER BY batch_id, run_at LIMIT 1)
         UNION ALL
-        SELECT (SELECT batch_id FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
-                AND batch_id > waiting.batch_id ORDER BY batch_id LIMIT 1)
-        FROM waiting WHERE waiting.batch_id IS NOT NULL
+        SELECT following.batch_id, following.run_at FROM waiting CROSS JOIN LATERAL (
+            SELECT batch_id, run_at FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
+                AND batch_id > waiting.batch_id ORDER BY batch_id, run_at LIMIT 1
+        ) AS following
     )
-    SELECT batch_id FROM waiting
-    WHERE batch_id IS NOT NULL AND NOT (
-        SELECT cancel_requested FROM tally WHERE tally.shard = turn.shard AND tally.batch_id = waiting.batch_id
-    )
+    SELECT batch_id, run_at FROM waiting
+    WHERE NOT (SELECT cancel_requested FROM tally WHERE tally.shard = turn.shard AND tally.batch_id = waiting.batch_id)
 """
 
 # Reads with a snapshot newer than its lock on the host, and enqueue locks the host last: a job that this does not see
@@ -63,11 +67,7 @@ WAITING_BATCHES = """
 REST_HOSTS = text(f"""
     UPDATE host SET owner = NULL, not_before = greatest(host.not_before, now() + make_interval(secs => turn.rest_s)),
         next_at = greatest(host.not_before, now() + make_interval(secs => turn.rest_s), coalesce((
-        SELECT min(first.run_at) FROM ({WAITING_BATCHES}) AS claimable
-        CROSS JOIN LATERAL (
-            SELECT run_at FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
-                AND batch_id = claimable.batch_id ORDER BY run_at LIMIT 1
-        ) AS first
+        SELECT min(run_at) FROM ({WAITING_BATCHES}) AS claimable
     ), 'infinity'))
     FROM unnest(CAST(:shards AS smallint[]), CAST(:hosts AS text[]), CAST(:rests_s AS float8[]))
         AS turn(shard, host, rest_s)

@@ -1,8 +1,8 @@
 """Every change of a job's status, and the host leases under which jobs run: one guarded statement each.
 
 Functions take a session and never commit; the caller's `async with sessions.begin()` is the transaction. Locks are
-taken in one order everywhere (host, job, attempt, body, tally, batch) and in key order within each, so that they cannot
-deadlock. Decides nothing about retries: it stores what the worker decided.
+taken in one order everywhere (host, job, attempt, body, tally, histogram, batch) and in key order within each, so that
+they cannot deadlock. Decides nothing about retries: it stores what the worker decided.
 """
 
 from collections import Counter, defaultdict
@@ -15,8 +15,9 @@ from sqlalchemy.engine import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.jobs import leases, tallies
+from app.jobs.database import WAKE_CHANNEL
 from app.jobs.ids import new_job_ids, shard_of_hash
-from app.jobs.leases import WAITING_BATCHES
+from app.jobs.leases import OLDEST_UNFINISHED, WAITING_BATCHES
 from app.jobs.tallies import Change, HistogramKey
 from app.jobs.values import (
     CRASHES_OF_SUSPECT,
@@ -97,7 +98,7 @@ async def enqueue(session: AsyncSession, batch: NewBatch, jobs: NewJobs) -> None
 
 async def notify(session: AsyncSession) -> None:
     """Hint to the workers that there is work; a transaction of its own, for NOTIFY commits under a global lock."""
-    await session.execute(text("SELECT pg_notify('fetchpool_jobs', '')"))
+    await session.execute(text("SELECT pg_notify(:channel, '')"), {"channel": WAKE_CHANNEL})
 
 
 async def _insert_batch(session: AsyncSession, batch: NewBatch, total: int) -> None:
@@ -160,16 +161,14 @@ TAKE_JOBS = text(f"""
         FROM turn CROSS JOIN LATERAL (
             SELECT due.place
             FROM (
-                SELECT batch_id FROM ({WAITING_BATCHES}) AS waits WHERE EXISTS (
-                    SELECT 1 FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
-                        AND job.batch_id = waits.batch_id AND run_at <= now()
-                ) LIMIT {BATCHES_PER_TURN_MAX}
+                SELECT batch_id, run_at AS since FROM ({WAITING_BATCHES}) AS waits
+                WHERE run_at <= now() LIMIT {BATCHES_PER_TURN_MAX}
             ) AS sharing
             CROSS JOIN LATERAL (
                 SELECT place, row_number() OVER (ORDER BY run_at) AS number FROM (
                     SELECT ctid AS place, run_at FROM job
                     WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
-                        AND batch_id = sharing.batch_id AND run_at <= now()
+                        AND batch_id = sharing.batch_id AND run_at BETWEEN sharing.since AND now()
                     ORDER BY run_at LIMIT turn.wanted
                 ) AS first
             ) AS due
@@ -266,11 +265,11 @@ def _claimed(row: Row[Any]) -> ClaimedJob:
     )
 
 
-async def _count_moves(session: AsyncSession, keys: Iterable[tallies.Key], *, leaving: str, entering: str) -> set[UUID]:
+async def _count_moves(session: AsyncSession, keys: Iterable[tallies.Key], *, leaving: str, entering: str) -> None:
     changes: dict[tallies.Key, Change] = defaultdict(Change)
     for key in keys:
         changes[key].move(leaving, entering)
-    return await tallies.change(session, changes)
+    await tallies.change(session, changes)
 
 
 # Each row is found by its key, in key order (LATERAL): joined, tables of some 10,000 jobs were read whole for every few
@@ -433,7 +432,7 @@ RUN_ALONE = text("""
 """)
 
 # A lease that ended with the server it was on says nothing about its worker.
-RESCUE = text("""
+RESCUE = text(f"""
     WITH stranded AS MATERIALIZED (
         SELECT job.shard, job.id, job.repeatable, crash.is_one,
             crash.is_one AND job.alone AND job.crashes >= :suspect AS is_accused
@@ -442,7 +441,7 @@ RESCUE = text("""
             AS lost(shard, host, was_leased)
         ON job.shard = lost.shard AND job.host = lost.host
         CROSS JOIN LATERAL (SELECT lost.was_leased AND job.started_at > pg_postmaster_start_time()) AS crash(is_one)
-        WHERE job.status = 'running'
+        WHERE job.status = 'running' AND job.batch_id >= {OLDEST_UNFINISHED}
         ORDER BY job.shard, job.id FOR UPDATE OF job
     ), rescued AS (
         UPDATE job SET

@@ -147,7 +147,7 @@ job = Table(
     # queue.claim and refill: what a host has to run, by turns over its batches
     Index("job_claim", "shard", "host", "batch_id", "run_at", postgresql_where=text("status = 'queued'")),
     # queue.rescue: what ran under a lost lease
-    Index("job_running", "shard", "host", postgresql_where=text("status = 'running'")),
+    Index("job_running", "shard", "host", "batch_id", postgresql_where=text("status = 'running'")),
     # batches.erase: whether a body is still wanted
     Index("job_body", "shard", "body_sha256", postgresql_where=text("body_sha256 IS NOT NULL")),
     postgresql_with={"autovacuum_vacuum_scale_factor": "0.02", "autovacuum_vacuum_cost_delay": "1"},

@@ -23,8 +23,7 @@ from app.outcome import RETRYABLE, RETRYABLE_STATUSES, Failure, FailureCode, Out
 from tests.fetch.authorities import Authority
 from tests.fetch.servers import Script, Visit, always, answering, page, redirect, serve
 
-FILE = Path(__file__).parents[3] / "shared" / "cases" / "hostile.csv"
-NO_CASES = "the shared cases are not beside this clone"
+FILE = Path(__file__).parents[1] / "cases" / "hostile.csv"
 
 MIB = 2**20
 OK = b"HTTP/1.1 200 OK\r\n"

@@ -20,10 +20,8 @@ from app.outcome import Failure, FailureCode, Outcome, Response
 from tests.fetch.authorities import Authority, make_authority
 from tests.fetch.hostile import (
     BODY_BYTES_MAX,
-    FILE,
     MIB,
     NAMES,
-    NO_CASES,
     OPEN_NETWORKS,
     SCENARIOS,
     Ground,
@@ -119,13 +117,11 @@ async def alone(tmp_path: Path, authority: Authority) -> AsyncIterator[Alone]:
         yield Alone(authority=authority, transport=transport)
 
 
-@pytest.mark.skipif(not FILE.exists(), reason=NO_CASES)
 def test_every_row_is_met_here_or_elsewhere() -> None:
     assert rows().keys() == SCENARIOS.keys() | ELSEWHERE.keys()
     assert not SCENARIOS.keys() & ELSEWHERE.keys()
 
 
-@pytest.mark.skipif(not FILE.exists(), reason=NO_CASES)
 @pytest.mark.parametrize("name", sorted(SCENARIOS))
 async def test_a_hostile_server_gets_the_outcome_expected(name: str, alone: Alone) -> None:
     assert mismatch(await SCENARIOS[name](alone), rows()[name]) is None

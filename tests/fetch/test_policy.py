@@ -1,4 +1,4 @@
-"""What may be fetched: the shared cases row by row, each rule, and a search for URLs that parsers disagree on."""
+"""What may be fetched: the cases row by row, each rule, and a search for URLs that parsers disagree on."""
 
 import csv
 import json
@@ -34,8 +34,7 @@ from app.fetch.resolver import Resolver, addresses
 from app.outcome import FailureCode
 from tests.fetch.name_server import serve_names
 
-CASES = Path(__file__).parents[3] / "shared" / "cases"
-NEEDS_CASES = pytest.mark.skipif(not CASES.is_dir(), reason="the shared cases are not beside this repository")
+CASES = Path(__file__).parents[1] / "cases"
 
 PUBLIC = Policy()
 LOOPBACK = Policy(allow_networks=(ip_network("127.0.0.0/8"),))
@@ -55,7 +54,7 @@ def refusal(url: str, policy: Policy = PUBLIC) -> FailureCode:
     return caught.value.code
 
 
-# The shared cases
+# The cases
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,6 @@ async def fetch_without_bytes(url: str, resolver: Resolver, redirects: dict[str,
     return "allow" if target.url not in redirects else FailureCode.TOO_MANY_REDIRECTS
 
 
-@NEEDS_CASES
 @pytest.mark.parametrize("row", rows("ssrf.csv"), ids=lambda row: row["reason"][:40])
 async def test_a_shared_url_case_ends_as_expected(row: dict[str, str], fixtures: dict[str, Any]) -> None:
     url = json.loads(f'"{row["url"]}"')
@@ -90,7 +88,6 @@ async def test_a_shared_url_case_ends_as_expected(row: dict[str, str], fixtures:
     assert outcome == (row["expected"] if row["expected"] == "allow" else row["reason"].partition(":")[0])
 
 
-@NEEDS_CASES
 @pytest.mark.parametrize(
     ("name", "outcome"),
     [
@@ -144,7 +141,6 @@ METHOD_CASES = {
 }
 
 
-@NEEDS_CASES
 @pytest.mark.parametrize("row", rows("headers.csv"), ids=lambda row: row["name"])
 def test_a_shared_header_or_method_case_ends_as_expected(row: dict[str, str]) -> None:
     expected = row["expected outcome"]

@@ -1,6 +1,7 @@
 """The migrations build exactly the tables that the code believes in."""
 
 import asyncio
+import os
 
 from app.jobs.database import make_engine, migrate
 from app.jobs.tables import metadata
@@ -34,7 +35,7 @@ async def schema(url: str) -> set[tuple[str, ...]]:
 
 
 async def test_migrations_and_models_are_equal(server_url: str, database_url: str) -> None:
-    name = "fetchpool_models"
+    name = f"fetchpool_models_{os.getpid()}"
     await recreate(server_url, name, template="template0")
     url = with_database(server_url, name)
     engine = make_engine(url)
@@ -47,7 +48,7 @@ async def test_migrations_and_models_are_equal(server_url: str, database_url: st
 
 
 async def test_many_processes_may_migrate_one_database_at_once(server_url: str) -> None:
-    name = "fetchpool_many"
+    name = f"fetchpool_many_{os.getpid()}"
     await recreate(server_url, name, template="template0")
     url = with_database(server_url, name)
     await asyncio.gather(*(migrate(url) for _ in range(5)))
