@@ -223,7 +223,7 @@ class Server:
                 await asyncio.to_thread(_end_left_over, self._cluster.files)
                 process = await self._launch()
                 delay_s = RESTART_S_MIN
-            except EmbeddedUnusable as error:
+            except (EmbeddedUnusable, OSError) as error:
                 log.error("%s", error)
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, RESTART_S_MAX)

@@ -72,8 +72,11 @@ class _Watch:
     async def _find_at_work(self, pids: Sequence[int]) -> set[int]:
         async with asyncio.timeout(ASK_TIMEOUT_S):
             connection = await connect(self._url)
+            own = connection.get_server_pid()
             try:
-                return {row["pid"] for row in await connection.fetch(AT_WORK, pids)}
+                at_work = {row["pid"] for row in await connection.fetch(AT_WORK, [*pids, own])}
+                # Where not even this one is seen (a proxy with pids of its own, no tracking), nothing can be told.
+                return at_work if own in at_work else {*pids}
             finally:
                 connection.terminate()
 

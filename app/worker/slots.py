@@ -65,7 +65,10 @@ class Slots:
     # Jobs that come, and that go again before they started
 
     def supply(self, hold: Hold, jobs: Sequence[ClaimedJob]) -> None:
-        """Take jobs in that were claimed at a host."""
+        """Take jobs in that were claimed at a host; they are given back if it was lost while they were asked for."""
+        if hold.is_lost:
+            self._return(hold, [Returned(job=job) for job in jobs])
+            return
         hold.waiting.extend(jobs)
         self.waiting_count += len(jobs)
         self.unknown |= {job.batch_id for job in jobs} - self._options.keys()

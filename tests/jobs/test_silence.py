@@ -30,6 +30,19 @@ async def test_a_connection_whose_server_waits_for_us_is_ended(database_url: str
     await engine.dispose()
 
 
+async def test_nothing_is_ended_where_no_server_can_be_told(database_url: str) -> None:
+    """As behind a proxy that gives pids of its own: none is found."""
+    connection = await connect(database_url)
+    name = await connection.fetchval("SELECT current_database()")
+    await connection.execute(f'ALTER DATABASE "{name}" SET track_activities = off')
+    await connection.close()
+    engine = make_engine(database_url)
+    async with watching(engine, database_url), make_sessions(engine).begin() as session:
+        for _ in range(4):
+            assert await session.scalar(text("SELECT pg_sleep(:s) IS NULL"), {"s": IN_USE_S}) is False
+    await engine.dispose()
+
+
 async def _has_ended(url: str, pid: int) -> None:
     connection = await connect(url)
     try:
