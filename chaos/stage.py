@@ -145,9 +145,9 @@ class Stage:
             case Kind.STOP_WORKER:
                 struck = worker.send(signal.SIGTERM) is not None
             case Kind.HURRY_WORKER:
-                struck = await _hurry(worker, fault.lasts_s)
+                struck = await _send_twice(worker, signal.SIGTERM, signal.SIGTERM, pause_s=fault.lasts_s)
             case Kind.FREEZE_WORKER:
-                struck = await _freeze(worker, fault.lasts_s)
+                struck = await _send_twice(worker, signal.SIGSTOP, signal.SIGCONT, pause_s=fault.lasts_s)
             case Kind.KILL_API:
                 struck = self._api.send(signal.SIGKILL) is not None
             case _:
@@ -189,23 +189,13 @@ async def strike_all(stage: Stage, faults: list[Fault]) -> None:
             group.create_task(stage.strike(fault))
 
 
-async def _freeze(worker: Seat, lasts_s: float) -> bool:
-    program = worker.send(signal.SIGSTOP)
-    if program is None:
-        return False
-    await asyncio.sleep(lasts_s)
-    if program.is_alive:
-        program.send(signal.SIGCONT)
-    return True
-
-
-async def _hurry(worker: Seat, pause_s: float) -> bool:
-    program = worker.send(signal.SIGTERM)
+async def _send_twice(worker: Seat, first: int, then: int, *, pause_s: float) -> bool:
+    program = worker.send(first)
     if program is None:
         return False
     await asyncio.sleep(pause_s)
     if program.is_alive:
-        program.send(signal.SIGTERM)
+        program.send(then)
     return True
 
 
