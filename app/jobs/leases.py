@@ -15,11 +15,16 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.jobs.values import Lease
 
+# Where to start in an index of jobs. Entries of jobs that are done stay, and are stepped over one by one, until a
+# vacuum may remove them: with somebody's transaction open for long there are millions (docs/decisions/0005).
+OLDEST_UNFINISHED = "(SELECT id FROM batch WHERE finished_at IS NULL ORDER BY id LIMIT 1)"
+
 # Something runs on a host that nobody leases when the commit of a refill was not confirmed: its worker never knew.
-LOCK_DUE_HOSTS = text("""
+LOCK_DUE_HOSTS = text(f"""
     SELECT shard, host, lease, back_offs, not_before > now() AS is_resting, owner IS NOT NULL AS was_leased,
         owner IS NOT NULL OR EXISTS (
             SELECT 1 FROM job WHERE job.status = 'running' AND job.shard = host.shard AND job.host = host.host
+                AND job.batch_id >= {OLDEST_UNFINISHED}
         ) AS was_lost
     FROM host
     WHERE next_at <= now() AND next_at < 'infinity'
@@ -40,10 +45,6 @@ LEASE_HOSTS = text("""
     FROM unnest(CAST(:shards AS smallint[]), CAST(:hosts AS text[])) AS claimed(shard, host)
     WHERE host.shard = claimed.shard AND host.host = claimed.host
 """)
-
-# Where to start in an index of jobs. Entries of jobs that are done stay, and are stepped over one by one, until a
-# vacuum may remove them: with somebody's transaction open for long there are millions (docs/decisions/0005).
-OLDEST_UNFINISHED = "(SELECT id FROM batch WHERE finished_at IS NULL ORDER BY id LIMIT 1)"
 
 # The batches that wait at a host, each with the time of its first job, found by jumping from one to the next in the
 # index: a paused or cancelled million costs one step. Not a DISTINCT, which would read every entry.
