@@ -60,6 +60,7 @@ API_GRACE_S = 5
 """What requests under way get at shutdown."""
 
 RELISTEN_S = 5.0
+ASK_LISTENER_S = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -294,18 +295,21 @@ def _greet_worker(settings: Settings) -> None:
 async def _hear_hints(url: str, wake: Callable[[], None]) -> None:
     """Wake the pool at every hint of new work. Without hints it polls: a lost connection costs a second, no job."""
     while True:
-        try:
-            connection = await listen(url, wake)
-        except DATABASE_ERRORS:
-            await asyncio.sleep(RELISTEN_S)
-            continue
-        try:
-            lost = asyncio.Event()
-            connection.add_termination_listener(lambda _, lost=lost: lost.set())
-            wake()
-            await lost.wait()
-        finally:
-            connection.terminate()
+        with suppress(*DATABASE_ERRORS):
+            await _listen_until_lost(url, wake)
+        await asyncio.sleep(RELISTEN_S)
+
+
+async def _listen_until_lost(url: str, wake: Callable[[], None]) -> None:
+    """Ask now and then whether the connection lives: one that died silently would just never hint again."""
+    connection = await listen(url, wake)
+    try:
+        wake()
+        while True:
+            await asyncio.sleep(ASK_LISTENER_S)
+            await connection.execute("SELECT 1")
+    finally:
+        connection.terminate()
 
 
 def _identity(settings: Settings) -> Identity:

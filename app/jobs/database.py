@@ -39,6 +39,8 @@ WITHOUT_PREPARED: dict[str, Any] = {
     "prepared_statement_name_func": str,
 }
 
+logger = logging.getLogger(__name__)
+
 MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
 
 MISTAKES = ("0A", "21", "22", "23", "42")
@@ -46,6 +48,8 @@ MISTAKES = ("0A", "21", "22", "23", "42")
 
 CONFLICTS = ("40001", "40P01")
 """Serialization failure and deadlock."""
+LOCK_NOT_AVAILABLE = "55P03"
+MIGRATION_TRIES = 5
 
 Sessions = async_sessionmaker[AsyncSession]
 
@@ -136,20 +140,33 @@ def make_readers(engine: AsyncEngine) -> Sessions:
 async def migrate(url: str, *, pgbouncer: bool = False) -> None:
     """Bring the schema up to date, in one transaction under an advisory lock, so that many may start at once.
 
-    Raises `DatabaseUnusable` when PostgreSQL is unreachable, refuses, or is older than version 15.
+    Raises `DatabaseUnusable` when PostgreSQL is unreachable, refuses, or is older than version 15, and when a table is
+    kept locked by others, try after try.
     """
     # Without deadlines: a migration may take long, and others wait for it.
     arguments = _arguments(url) | {"command_timeout": None} | (WITHOUT_PREPARED if pgbouncer else {})
     engine = create_async_engine(ASYNCPG, poolclass=NullPool, connect_args=arguments)
     try:
-        async with engine.begin() as connection:
-            await _require_version(connection)
-            await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
-            await connection.run_sync(_upgrade)
+        await _migrate_among_others(engine)
     except (OSError, TimeoutError, DBAPIError, asyncpg.PostgresError) as error:
         raise DatabaseUnusable(_advice(error)) from error
     finally:
         await engine.dispose()
+
+
+async def _migrate_among_others(engine: AsyncEngine) -> None:
+    """Try again when the transactions of services at work were in the way: a deadlock, or a lock not had in time."""
+    for tries_left in reversed(range(MIGRATION_TRIES)):
+        try:
+            async with engine.begin() as connection:
+                await _require_version(connection)
+                await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+                await connection.run_sync(_upgrade)
+            return
+        except DBAPIError as error:
+            if not tries_left or sqlstate(error) not in (*CONFLICTS, LOCK_NOT_AVAILABLE):
+                raise
+            logger.warning("The migration gives way to a transaction at work: %s", reason(error))
 
 
 async def ping(session: AsyncSession) -> None:
@@ -196,6 +213,11 @@ async def _require_version(connection: AsyncConnection) -> None:
 
 
 def _advice(error: BaseException) -> str:
+    if sqlstate(error) in (*CONFLICTS, LOCK_NOT_AVAILABLE):
+        return (
+            f"The tables at DATABASE_URL could not be migrated: {reason(error)}, {MIGRATION_TRIES} times. "
+            "End the transactions that hold them (pg_stat_activity shows them) and start again."
+        )
     return f"PostgreSQL at DATABASE_URL cannot be used: {reason(error)}. Check that it runs and that the URL is right."
 
 

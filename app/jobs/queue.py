@@ -404,18 +404,13 @@ def _histogram_keys(result: Result) -> Iterator[HistogramKey]:
 GIVE_BACK = text("""
     WITH mine AS MATERIALIZED (
         SELECT job.shard, job.id, job.attempt, job.started_at, mine.error, mine.detail,
-            job.status = 'running' AND job.lease = mine.lease AND job.attempt = mine.attempt AS is_held,
-            job.lease IS DISTINCT FROM mine.lease AS was_rescued
+            job.status = 'running' AND job.lease = mine.lease AND job.attempt = mine.attempt AS is_held
         FROM job
         JOIN unnest(CAST(:shards AS smallint[]), CAST(:ids AS uuid[]), CAST(:leases AS bigint[]),
             CAST(:attempts AS smallint[]), CAST(:errors AS text[]), CAST(:details AS text[]))
             AS mine(shard, id, lease, attempt, error, detail)
         ON job.shard = mine.shard AND job.id = mine.id
         ORDER BY job.shard, job.id FOR UPDATE OF job
-    ), cleared AS (
-        UPDATE job SET crashes = crashes - 1, accused = false
-        FROM mine WHERE job.shard = mine.shard AND job.id = mine.id AND mine.was_rescued AND job.crashes > 0
-            AND job.finished_at IS NULL
     ), traces AS (
         INSERT INTO attempt (shard, job_id, number, started_at, finished_at, error, error_detail)
         SELECT shard, id, attempt, started_at, now(), error, detail FROM mine WHERE is_held AND error IS NOT NULL
@@ -423,6 +418,21 @@ GIVE_BACK = text("""
     UPDATE job SET status = 'queued', lost = lost + 1, alone = false
     FROM mine WHERE job.shard = mine.shard AND job.id = mine.id AND mine.is_held AND job.status = 'running'
     RETURNING job.shard, job.batch_id
+""")
+
+# Of jobs that GIVE_BACK has locked. Once for each attempt, however often its worker tells of it.
+CLEAR_OF_CRASH = text("""
+    WITH forgiven AS (
+        UPDATE attempt SET charged = false
+        FROM unnest(CAST(:shards AS smallint[]), CAST(:ids AS uuid[]), CAST(:attempts AS smallint[]))
+            AS mine(shard, id, number)
+        WHERE attempt.shard = mine.shard AND attempt.job_id = mine.id AND attempt.number = mine.number
+            AND attempt.charged
+        RETURNING attempt.shard, attempt.job_id
+    )
+    UPDATE job SET crashes = crashes - cleared.count, accused = false
+    FROM (SELECT shard, job_id, count(*) FROM forgiven GROUP BY shard, job_id) AS cleared
+    WHERE job.shard = cleared.shard AND job.id = cleared.job_id AND job.finished_at IS NULL
 """)
 
 RUN_ALONE = text("""
@@ -454,11 +464,12 @@ RESCUE = text(f"""
             error_detail = CASE WHEN stranded.repeatable THEN NULL ELSE :crashed END,
             http_status = NULL, evidence = NULL
         FROM stranded WHERE job.shard = stranded.shard AND job.id = stranded.id AND job.status = 'running'
-        RETURNING job.shard, job.id, job.batch_id, job.status, job.attempt, job.started_at, job.error, job.error_detail
+        RETURNING job.shard, job.id, job.batch_id, job.status, job.attempt, job.started_at, job.error, job.error_detail,
+            stranded.is_one
     ), traces AS (
-        INSERT INTO attempt (shard, job_id, number, started_at, finished_at, error, error_detail)
+        INSERT INTO attempt (shard, job_id, number, started_at, finished_at, error, error_detail, charged)
         SELECT shard, id, attempt, started_at, now(), coalesce(error, 'lease_lost'),
-            coalesce(error_detail, 'The worker was lost while it had this job, which it may have fetched.')
+            coalesce(error_detail, 'The worker was lost while it had this job, which it may have fetched.'), is_one
         FROM rescued
     )
     SELECT shard, batch_id, status, error FROM rescued
@@ -501,6 +512,15 @@ async def give_back(session: AsyncSession, returned: Sequence[Returned]) -> None
         },
     )
     keys = [(row.shard, row.batch_id) for row in result]
+    if len(keys) < len(jobs):
+        await session.execute(
+            CLEAR_OF_CRASH,
+            {
+                "shards": [job.shard for job in jobs],
+                "ids": [job.id for job in jobs],
+                "attempts": [job.attempt for job in jobs],
+            },
+        )
     await _count_moves(session, keys, leaving="running", entering="queued")
 
 

@@ -165,6 +165,8 @@ attempt = Table(
     Column("error_detail", Text),
     Column("http_status", SmallInteger),
     Column("evidence", JSONB),
+    # a crash of the job was counted for it, which its worker takes off again should it be heard of
+    Column("charged", Boolean, nullable=False, server_default=text("false")),
     PrimaryKeyConstraint("shard", "job_id", "number"),
 )
 

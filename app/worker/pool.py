@@ -36,7 +36,7 @@ DRAIN_LAST_S = 5.0
 AHEAD_PER_SLOT_MAX = 4
 """Jobs claimed at hosts that are held, for each slot; so one more for each slot is the most a worker ever has."""
 GIVE_BACK_WAIT_S = 2.0
-"""A host that rests longer than this has its waiting jobs put back."""
+"""A host that rests longer than this is given back, with the jobs that wait for it."""
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,8 @@ class Pool:
         """Nothing is held any more, or the database has been away for so long that the leases end by themselves."""
         if self._drain_by is None:
             return False
-        is_empty = not self._holds and not self._slots.returned
+        slots = self._slots
+        is_empty = not (self._holds or slots.returned or slots.running_count) and self._recorder.is_empty
         return is_empty or time.monotonic() >= self._drain_by + DRAIN_LAST_S
 
     # Jobs: claimed, refilled, put back
@@ -261,7 +262,7 @@ class Pool:
         """Put back what will not start here soon: at hosts that rest, at the end, and what was cut off."""
         now = time.monotonic()
         for hold in self._holds.values():
-            if hold.next_start_at > now + GIVE_BACK_WAIT_S and hold.waiting:
+            if hold.next_start_at > now + GIVE_BACK_WAIT_S:
                 self._slots.return_waiting(hold)
                 hold.is_ending = True
         if returned := list(self._slots.returned):

@@ -114,7 +114,16 @@ class Recorder:
             if not is_refused_value(error):
                 raise
             logger.exception("The result of job %s cannot be stored", result.job.id)
-            await self._store([_unstorable(result)], [])
+            await self._store_or_drop(_unstorable(result))
+
+    async def _store_or_drop(self, result: Result) -> None:
+        """Let go of what is refused in any form, lest all other results wait behind it; its job is then rescued."""
+        try:
+            await self._store([result], [])
+        except DATABASE_ERRORS as error:
+            if not is_refused_value(error):
+                raise
+            logger.exception("Job %s cannot even be failed", result.job.id)
 
     async def _wait_for_database(self, error: BaseException) -> None:
         database.log_failure(logger, "Results wait for the database", error)

@@ -139,21 +139,23 @@ class Slots:
         The one before it is noted as alone until its result is stored, and must not be blamed for what this one does.
         """
         hold = self._suspect
-        if hold is None or self.running_count or not self._recorder.is_empty:
+        if hold is None or any(job.is_suspect for job in hold.running.values()):
             return None
         if hold.is_lost or not hold.waiting or not hold.waiting[0].is_suspect:
             self._suspect = None
             self._make_ready(hold)
             return None
+        if self.running_count or not self._recorder.is_empty:
+            return None
         return hold, hold.waiting[0]
 
     def start_suspect(self, hold: Hold, *, is_ours: bool) -> None:
-        """Start the suspect at the head of this host, or drop it when it is another worker's by now."""
+        """Start the suspect at the head of this host, or have it cleared when it is another worker's by now."""
         if hold.is_lost or not hold.waiting:
             return
         if not is_ours:
-            hold.waiting.popleft()
             self.waiting_count -= 1
+            self._return(hold, [Returned(job=hold.waiting.popleft())])
         elif self._places.try_enter(hold.host):
             self._start_job(hold, time.monotonic())
 
@@ -166,6 +168,7 @@ class Slots:
         hold = self._holds.get((shard_of_host(host), host))
         if hold is not None:
             self._make_ready(hold)
+            self.start_ready()
 
     def _may_start(self) -> bool:
         return self.running_count < self._count and not self._recorder.is_full and self._suspect is None

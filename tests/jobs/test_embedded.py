@@ -1,6 +1,7 @@
 """The embedded PostgreSQL: it keeps its data, keeps strangers out, and comes back from whatever killed it."""
 
 import asyncio
+import errno
 import os
 import pwd
 import shutil
@@ -11,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -111,6 +113,21 @@ async def test_a_server_left_by_a_killed_service_is_no_obstacle(folder: Path) ->
     async with embedded.running(folder / "data") as url:
         assert await query(url, "SELECT 1") == 1
         assert postmaster_of(folder / "data") != left_over
+
+
+async def test_a_restart_that_the_system_refuses_is_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spawn, refusals = embedded._spawn, [OSError(errno.EMFILE, "Too many open files")]
+
+    async def refuse_once(*where: Any) -> asyncio.subprocess.Process:
+        if refusals:
+            raise refusals.pop()
+        return await spawn(*where)
+
+    async with embedded.running(folder / "data") as url:
+        monkeypatch.setattr(embedded, "_spawn", refuse_once)
+        os.kill(postmaster_of(folder / "data"), signal.SIGKILL)
+        await wait_until_answering(url)
+        assert not refusals
 
 
 async def test_a_stale_pid_file_that_names_a_stranger_is_no_obstacle(folder: Path) -> None:

@@ -47,6 +47,28 @@ async def test_migrations_and_models_are_equal(server_url: str, database_url: st
     assert from_models == from_migrations
 
 
+async def test_a_migration_gives_way_to_a_transaction_at_work_and_comes_again(server_url: str) -> None:
+    """One that wrote the tables in another order: each waits for the other, and one must give way."""
+    name = f"fetchpool_deadlock_{os.getpid()}"
+    await recreate(server_url, name, template="template0")
+    url = with_database(server_url, name)
+    await migrate(url)
+    other = await connect(url)
+    await other.execute("ALTER TABLE attempt DROP COLUMN charged; UPDATE alembic_version SET version_num = '0004'")
+    await other.execute("SET deadlock_timeout = '1min'; BEGIN; LOCK TABLE attempt IN ACCESS SHARE MODE")
+    migration = asyncio.create_task(migrate(url))
+    async with asyncio.timeout(10):
+        while not await other.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'relation'"):
+            await asyncio.sleep(0.02)
+    await other.execute("LOCK TABLE job IN ACCESS SHARE MODE")
+    await other.execute("COMMIT")
+    await migration
+    version = await other.fetchval("SELECT version_num FROM alembic_version")
+    await other.close()
+    await drop(server_url, name)
+    assert version == "0006"
+
+
 async def test_many_processes_may_migrate_one_database_at_once(server_url: str) -> None:
     name = f"fetchpool_many_{os.getpid()}"
     await recreate(server_url, name, template="template0")

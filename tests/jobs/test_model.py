@@ -236,6 +236,13 @@ def the_accused_lost_three_workers(picture: Picture) -> Iterator[object]:
             yield job
 
 
+def each_crash_is_that_of_an_attempt(picture: Picture) -> Iterator[object]:
+    charged = Counter(attempt["job_id"] for attempt in picture.attempts if attempt["charged"])
+    for job in picture.jobs.values():
+        if job["status"] not in FINISHED and job["crashes"] != charged[job["id"]]:
+            yield job
+
+
 def _is_deleted(picture: Picture, batch_id: UUID) -> bool:
     return batch_id in picture.batches and picture.batches[batch_id]["deleted_at"] is not None
 
@@ -251,6 +258,7 @@ STATE_RULES = (
     bodies_are_there_as_long_as_jobs_want_them,
     earlier_attempts_belong_to_jobs,
     the_accused_lost_three_workers,
+    each_crash_is_that_of_an_attempt,
 )
 
 

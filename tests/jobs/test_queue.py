@@ -409,6 +409,46 @@ async def test_a_worker_that_was_only_cut_off_clears_its_jobs_of_the_crash(clien
     assert (again.crashes, again.lost, again.attempt) == (0, 2, 3)
 
 
+async def test_a_worker_clears_only_the_crash_it_was_charged_with_and_that_once(
+    client: Client, sessions: Sessions
+) -> None:
+    await client.submit("h")
+    slept, crashed, other = Worker(sessions), Worker(sessions), Worker(sessions)
+    _, early = await slept.claim_one()
+    await end_leases(sessions)
+    await crashed.claim_one()
+    await end_leases(sessions)
+    _, [job] = await other.claim_one()
+    assert job.crashes == 2
+    for _ in range(2):  # the first commit was not confirmed
+        await slept.give_back(early)
+    assert await fetch(sessions, "SELECT crashes FROM job") == [(1,)]
+
+
+async def test_a_rescue_that_charged_no_crash_leaves_none_to_be_cleared_of(client: Client, sessions: Sessions) -> None:
+    await client.submit("h")
+    _, early = await Worker(sessions).claim_one()
+    await execute(sessions, "UPDATE host SET owner = NULL, next_at = now()")
+    crashed = Worker(sessions)
+    await crashed.claim_one()
+    await end_leases(sessions)
+    await Worker(sessions).claim_one()
+    await crashed.give_back(early)
+    assert await fetch(sessions, "SELECT crashes FROM job") == [(1,)]
+
+
+async def test_a_job_whose_two_attempts_are_given_back_at_once_is_put_back(client: Client, sessions: Sessions) -> None:
+    batch_id = await client.submit("h")
+    worker = Worker(sessions)
+    _, early = await worker.claim_one()
+    await end_leases(sessions)
+    _, late = await worker.claim_one()
+    await worker.give_back([*early, *late])
+    assert (await client.read(batch_id)).counts.queued == 1
+    assert await fetch(sessions, "SELECT crashes, lost FROM job") == [(0, 2)]
+    assert await tallies_equal_the_rows(sessions)
+
+
 async def test_an_idempotency_key_names_one_batch_for_a_day(client: Client, sessions: Sessions) -> None:
     batch_id = await client.submit("h")
     sha256 = b"r" * 32

@@ -96,6 +96,23 @@ async def test_a_busy_host_is_left_alone_as_long_as_it_asks(service: Service) ->
     assert seen[1] - seen[0] >= 1.0
 
 
+async def test_a_host_that_rests_long_is_given_back_though_nothing_waits_there(
+    service: Service, sessions: Sessions
+) -> None:
+    async with serving(lambda _: (429, {"Retry-After": "600"}, b"")) as site, service.worker() as pool:
+        await service.submit(site.url("/"))
+        async with asyncio.timeout(10):
+            while not await _all_rest(sessions):
+                pool.wake()  # as hints of work at other hosts do
+                await asyncio.sleep(0.02)
+
+
+async def _all_rest(sessions: Sessions) -> bool:
+    async with sessions.begin() as session:
+        state = "SELECT bool_and(owner IS NULL AND not_before > now() + interval '500 seconds') FROM host"
+        return bool(await session.scalar(text(state)))
+
+
 async def test_a_post_is_sent_with_its_body_and_not_repeated(service: Service) -> None:
     async with serving(lambda _: (503, {}, b"")) as site, service.worker():
         batch_id = await service.submit(site.url("/"), request={"method": "POST", "body": "hello"})
@@ -221,6 +238,12 @@ async def test_a_result_that_comes_after_its_lease_is_counted_and_its_job_cleare
             await session.execute(
                 text("UPDATE job SET status = 'queued', lease = NULL, lost = 1, crashes = 1, run_at = 'infinity'")
             )
+            await session.execute(
+                text(
+                    "INSERT INTO attempt (shard, job_id, number, started_at, finished_at, error, charged) "
+                    "SELECT shard, id, 1, now(), now(), 'lease_lost', true FROM job"
+                )
+            )
             await session.execute(text("UPDATE tally SET queued = 1, running = 0"))
         site.gate.set()
         async with asyncio.timeout(10):
@@ -248,6 +271,17 @@ async def test_a_result_that_cannot_be_stored_fails_its_job_alone(service: Servi
         batch = await service.finished(batch_id)
         assert batch.counts.succeeded == 2
         assert batch.errors == {"storage_error": 1}
+
+
+async def test_a_result_refused_in_every_form_holds_up_no_other(service: Service, sessions: Sessions) -> None:
+    async with serving(lambda _: (200, {}, b"")) as site, service.worker():
+        refused = await service.submit(site.url("/refused"))
+        async with sessions.begin() as session:
+            await session.execute(
+                text(f"ALTER TABLE tally ADD CHECK (batch_id <> '{refused}' OR running = 1) NOT VALID")
+            )
+        good = await service.submit(*(site.url(f"/{number}") for number in range(3)))
+        assert (await service.finished(good)).counts.succeeded == 3
 
 
 async def test_a_post_that_runs_when_its_worker_is_stopped_is_not_sent_again(service: Service) -> None:

@@ -1,12 +1,16 @@
-"""What becomes of jobs whose host was lost while they were asked for."""
+"""What the slots decide about jobs whose host is lost, and about suspects."""
 
 from collections import deque
+from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
+
+import pytest
 
 from app.fetch.resolver import Resolver
 from app.fetch.transport import Transport
 from app.jobs.database import Sessions
-from app.jobs.values import Lease, Returned
+from app.jobs.values import ClaimedJob, Lease, Returned
 from app.worker.holds import Hold
 from app.worker.recorder import Recorder
 from app.worker.slots import Slots
@@ -14,17 +18,10 @@ from tests.worker.conftest import LIMITS, POLICY
 from tests.worker.test_options import claimed
 
 
-async def test_jobs_that_come_for_a_lost_host_are_given_back(sessions: Sessions) -> None:
-    hold = Hold(
-        lease=Lease(shard=0, host="a.test", number=1),
-        stops_at=0.0,
-        began_at=0.0,
-        concurrency=4,
-        delay_s=0.0,
-        is_lost=True,
-    )
+@pytest.fixture
+async def slots(sessions: Sessions) -> AsyncIterator[Slots]:
     async with aclosing(Resolver()) as resolver:
-        slots = Slots(
+        yield Slots(
             count=10,
             host_concurrency=4,
             limits=LIMITS,
@@ -33,7 +30,52 @@ async def test_jobs_that_come_for_a_lost_host_are_given_back(sessions: Sessions)
             recorder=Recorder(sessions, lambda _: None),
             wake=lambda: None,
         )
-        jobs = [claimed(), claimed()]
-        slots.supply(hold, jobs)
+
+
+def hold_of(host: str, *, is_lost: bool = False) -> Hold:
+    return Hold(
+        lease=Lease(shard=0, host=host, number=1),
+        stops_at=float("inf"),
+        began_at=0.0,
+        concurrency=4,
+        delay_s=0.0,
+        is_lost=is_lost,
+    )
+
+
+async def test_jobs_that_come_for_a_lost_host_are_given_back(slots: Slots) -> None:
+    hold = hold_of("a.test", is_lost=True)
+    jobs = [claimed(), claimed()]
+    slots.supply(hold, jobs)
     assert slots.returned == [(hold, Returned(job=job)) for job in jobs]
     assert (slots.waiting_count, hold.waiting) == (0, deque())
+
+
+async def test_a_suspect_that_is_another_workers_by_now_is_given_back_to_be_cleared(slots: Slots) -> None:
+    hold, suspect = await _await_suspect(slots)
+    slots.start_suspect(hold, is_ours=False)
+    assert slots.returned == [(hold, Returned(job=suspect))]
+
+
+async def test_a_suspect_that_is_lost_holds_up_nothing_though_others_run(slots: Slots) -> None:
+    hold, _ = await _await_suspect(slots)
+    other = claimed()
+    slots.supply(hold_of("b.test"), [other])
+    slots.learn_options({})
+    slots.running_count = 1
+    assert slots.next_suspect() is None
+    slots.start_ready()
+    assert slots.unknown == set()
+    hold.is_lost = True
+    assert slots.next_suspect() is None
+    slots.start_ready()
+    assert slots.unknown == {other.batch_id}  # looked at again, to be started
+
+
+async def _await_suspect(slots: Slots) -> tuple[Hold, ClaimedJob]:
+    hold, suspect = hold_of("a.test"), replace(claimed(), crashes=2)
+    slots.supply(hold, [suspect])
+    slots.learn_options({suspect.batch_id: {}})
+    slots.start_ready()
+    assert slots.next_suspect() == (hold, suspect)
+    return hold, suspect
