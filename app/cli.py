@@ -11,6 +11,7 @@ import typer
 from app import __version__, main, telemetry
 from app.jobs.database import DatabaseUnusable
 from app.jobs.embedded import EmbeddedUnusable
+from app.listening import CannotListen
 from app.settings import Settings, SettingsInvalid, read_settings
 
 EXIT_CANNOT_RUN = 1
@@ -98,7 +99,7 @@ def _settings(**given: Any) -> Settings:
 def _run(program: Coroutine[Any, Any, None]) -> None:
     try:
         asyncio.run(program)
-    except (main.CannotRun, EmbeddedUnusable, DatabaseUnusable) as error:
+    except (main.CannotRun, CannotListen, EmbeddedUnusable, DatabaseUnusable) as error:
         _end(str(error), EXIT_CANNOT_RUN)
     except (asyncio.CancelledError, KeyboardInterrupt):
         sys.exit(EXIT_STOPPED)

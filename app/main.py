@@ -5,12 +5,10 @@ The only place where the parts meet. It decides in which order they start and st
 
 import asyncio
 import gc
-import ipaddress
 import itertools
 import logging
 import os
 import platform
-import re
 import resource
 import signal
 import socket
@@ -24,6 +22,7 @@ from contextlib import (
     nullcontext,
     suppress,
 )
+from dataclasses import fields
 from pathlib import Path
 from uuid import uuid4
 
@@ -33,16 +32,18 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app import __version__
 from app.api.application import create_app, stop_waiting
-from app.fetch.address import Address
+from app.api.schemas import Bounds
 from app.fetch.limits import Limits
 from app.fetch.policy import Policy
 from app.fetch.resolver import Resolver
 from app.fetch.transport import Transport
-from app.jobs import embedded
-from app.jobs.database import DATABASE_ERRORS, Sessions, listen, make_engine, make_readers, make_sessions, migrate
+from app.jobs import embedded, hints
+from app.jobs.database import Sessions, make_engine, make_readers, make_sessions, migrate
 from app.jobs.silence import watching
 from app.jobs.workers import Identity
+from app.listening import bound_socket, check_exposure, let_in, own_addresses
 from app.settings import Settings
+from app.worker.options import LIMIT_OPTIONS
 from app.worker.pool import Pool, PoolSettings
 from app.worker.processes import Processes
 from app.worker.upkeep import Upkeep
@@ -52,36 +53,33 @@ WORKER_CONNECTIONS = 5
 SPARE_CONNECTIONS = 30
 """For workers' hints, migrations, and people with psql."""
 
-BACKLOG = 2_048
 API_SWITCH_S = 0.001
 """How long the thread that checks a large batch keeps the loop waiting whenever the loop has let it run; Python's own
 5 ms, several times in one turn of the loop, held polls up for 0.1 s."""
 API_GRACE_S = 5
 """What requests under way get at shutdown."""
 
-RELISTEN_S = 5.0
-ASK_LISTENER_S = 10.0
-
 logger = logging.getLogger(__name__)
 
 
 class CannotRun(Exception):
-    """The settings rule it out, or the machine does; the message is one line that tells the operator what to do."""
+    """The settings rule it out, or the API did not start; the message is one line that says what to do."""
 
 
 async def serve(settings: Settings) -> None:
     """Run the whole service until told to stop: PostgreSQL unless one is given, the API, and the worker processes.
 
-    Raises `CannotRun`, `EmbeddedUnusable` or `DatabaseUnusable` when it cannot start, `CancelledError` when told to
-    stop before it has.
+    Raises `CannotRun`, `CannotListen`, `EmbeddedUnusable` or `DatabaseUnusable` when it cannot start, and
+    `CancelledError` when told to stop before it has.
     """
     _cancel_on_signal()
-    _check_exposure(settings)
+    if settings.api_token is None:
+        check_exposure(settings.host, settings.port)
     _say_what_is_open(settings)
-    with _bound_socket(settings) as listener:
+    with bound_socket(settings.host, settings.port) as listener:
         async with _with_database(settings) as ready_settings:
             await _migrate(ready_settings)
-            _listen(listener, settings)
+            let_in(listener, settings.host, settings.port)
             await _serve_until_stopped(ready_settings, listener)
 
 
@@ -148,16 +146,7 @@ def _make_api(settings: Settings, engine: AsyncEngine, port: int) -> FastAPI:
         host=settings.host,
         api_token=settings.api_token,
         allowed_hosts=settings.allowed_hosts,
-        request_bytes_max=settings.request_bytes_max,
-        batch_jobs_max=settings.batch_jobs_max,
-        timeout_s_max=settings.timeout_s_max,
-        wire_bytes_max=settings.wire_bytes_max,
-        body_bytes_max=settings.body_bytes_max,
-        header_bytes_max=settings.header_bytes_max,
-        header_count_max=settings.header_count_max,
-        redirects_max=settings.redirects_max,
-        informational_max=settings.informational_max,
-        encodings_max=settings.encodings_max,
+        bounds=Bounds(**{bound.name: getattr(settings, bound.name) for bound in fields(Bounds)}),
     )
 
 
@@ -277,7 +266,7 @@ async def _work_until_stopped(settings: Settings, transport: Transport, *, of_a_
         async with _watched(engine, settings), asyncio.TaskGroup() as group:
             beside = [group.create_task(Upkeep(sessions, readers=readers, lease_s=settings.lease_s).run())]
             if not settings.pgbouncer:
-                beside.append(group.create_task(_hear_hints(_database_url(settings), pool.wake)))
+                beside.append(group.create_task(hints.hear(_database_url(settings), pool.wake)))
             await pool.run()
             for task in beside:
                 task.cancel()
@@ -292,26 +281,6 @@ def _greet_worker(settings: Settings) -> None:
     sys.stdout.flush()
 
 
-async def _hear_hints(url: str, wake: Callable[[], None]) -> None:
-    """Wake the pool at every hint of new work. Without hints it polls: a lost connection costs a second, no job."""
-    while True:
-        with suppress(*DATABASE_ERRORS):
-            await _listen_until_lost(url, wake)
-        await asyncio.sleep(RELISTEN_S)
-
-
-async def _listen_until_lost(url: str, wake: Callable[[], None]) -> None:
-    """Ask now and then whether the connection lives: one that died silently would just never hint again."""
-    connection = await listen(url, wake)
-    try:
-        wake()
-        while True:
-            await asyncio.sleep(ASK_LISTENER_S)
-            await connection.execute("SELECT 1")
-    finally:
-        connection.terminate()
-
-
 def _identity(settings: Settings) -> Identity:
     return Identity(id=uuid4(), machine=platform.node(), pid=os.getpid(), version=__version__, slots=settings.slots)
 
@@ -323,23 +292,13 @@ def _pool_settings(settings: Settings) -> PoolSettings:
         host_delay_s=settings.host_delay_s,
         lease_s=settings.lease_s,
         drain_grace_s=settings.drain_grace_s,
-        limits=_limits(settings),
+        limits=default_limits(settings),
     )
 
 
-def _limits(settings: Settings) -> Limits:
-    return Limits(
-        deadline_s=settings.timeout_s,
-        connect_timeout_s=settings.connect_timeout_s,
-        read_timeout_s=settings.read_timeout_s,
-        wire_bytes_max=settings.wire_bytes_max,
-        body_bytes_max=settings.body_bytes_max,
-        header_bytes_max=settings.header_bytes_max,
-        header_count_max=settings.header_count_max,
-        redirects_max=settings.redirects_max,
-        informational_max=settings.informational_max,
-        encodings_max=settings.encodings_max,
-    )
+def default_limits(settings: Settings) -> Limits:
+    """Return the limits of a fetch for which the client set none."""
+    return Limits(**{limit: getattr(settings, option) for option, limit in LIMIT_OPTIONS.items()})
 
 
 def _make_transport(settings: Settings, resolver: Resolver) -> Transport:
@@ -366,40 +325,9 @@ def _make_policy(settings: Settings, port: int) -> Policy:
     return Policy(
         allow_networks=settings.allow_networks,
         own_names=frozenset(name.lower() for name in settings.allowed_hosts),
-        own_addresses=_own_addresses(settings.host),
+        own_addresses=own_addresses(settings.host),
         own_port=port,
     )
-
-
-def _own_addresses(host: str) -> frozenset[Address]:
-    with suppress(CannotRun):
-        addresses = frozenset(ipaddress.ip_address(found[4][0]) for found in _resolve(host, 0))
-        if any(address.is_unspecified for address in addresses):
-            return addresses | _machine_addresses()
-        return addresses
-    return frozenset()  # a worker elsewhere need not know the name the API listens by
-
-
-def _machine_addresses() -> frozenset[Address]:
-    """Every address of this machine, as Linux lists them; elsewhere none."""
-    found: set[Address] = set()
-    with suppress(OSError):
-        table = Path("/proc/net/fib_trie").read_text()
-        found |= {ipaddress.IPv4Address(each) for each in re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", table)}
-    with suppress(OSError):
-        table = Path("/proc/net/if_inet6").read_text()
-        found |= {ipaddress.IPv6Address(int(line.split()[0], 16)) for line in table.splitlines()}
-    return frozenset(found)
-
-
-def _check_exposure(settings: Settings) -> None:
-    if settings.api_token is not None:
-        return
-    if not all(ipaddress.ip_address(found[4][0]).is_loopback for found in _resolve(settings.host, settings.port)):
-        raise CannotRun(
-            f"Listening on {settings.host}, beyond this machine, needs a token: set FETCHPOOL_API_TOKEN to a secret of "
-            "16 characters or more, or listen on 127.0.0.1."
-        )
 
 
 def _say_what_is_open(settings: Settings) -> None:
@@ -410,44 +338,6 @@ def _say_what_is_open(settings: Settings) -> None:
     if settings.allow_networks:
         networks = ", ".join(map(str, settings.allow_networks))
         logger.warning("Fetches may reach non-public networks (FETCHPOOL_ALLOW_NETWORKS): %s", networks)
-
-
-@contextmanager
-def _bound_socket(settings: Settings) -> Iterator[socket.socket]:
-    """Take the port before anything else is started, so that a taken one is told at once; clients are let in later."""
-    family, kind, protocol, _, address = _resolve(settings.host, settings.port)[0]
-    with socket.socket(family, kind, protocol) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-        except OSError as error:
-            raise _cannot_listen(settings, error) from None
-        yield listener
-
-
-def _listen(listener: socket.socket, settings: Settings) -> None:
-    try:
-        listener.listen(BACKLOG)
-    except OSError as error:  # another one bound it as well and was the first to listen
-        raise _cannot_listen(settings, error) from None
-
-
-def _cannot_listen(settings: Settings, error: OSError) -> CannotRun:
-    where = f"port {settings.port} of {settings.host}"
-    return CannotRun(f"Cannot listen on {where} ({error.strerror}): choose another with --port (FETCHPOOL_PORT).")
-
-
-_Resolved = list[tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[str, int] | tuple[str, int, int, int]]]
-
-
-def _resolve(host: str, port: int) -> _Resolved:
-    try:
-        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)  # type: ignore[return-value]
-    except (OSError, UnicodeError):
-        raise CannotRun(
-            f"{host!r} is no address to listen on: set --host (FETCHPOOL_HOST) to one of this machine, such as "
-            "127.0.0.1."
-        ) from None
 
 
 # The database, and signals

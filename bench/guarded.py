@@ -18,6 +18,7 @@ from app.fetch.limits import Limits
 from app.fetch.policy import Policy
 from app.fetch.resolver import Resolver
 from app.fetch.transport import Transport
+from app.main import default_limits
 from app.outcome import Response
 from app.settings import Settings
 
@@ -52,22 +53,6 @@ async def measure(question: dict[str, Any]) -> dict[str, float]:
             "count": sum(count for count, _ in done),
             "body_bytes": sum(body_bytes for _, body_bytes in done),
         }
-
-
-def default_limits(settings: Settings) -> Limits:
-    """The limits that a job has when nobody says otherwise."""
-    return Limits(
-        deadline_s=settings.timeout_s,
-        connect_timeout_s=settings.connect_timeout_s,
-        read_timeout_s=settings.read_timeout_s,
-        wire_bytes_max=settings.wire_bytes_max,
-        body_bytes_max=settings.body_bytes_max,
-        header_bytes_max=settings.header_bytes_max,
-        header_count_max=settings.header_count_max,
-        redirects_max=settings.redirects_max,
-        informational_max=settings.informational_max,
-        encodings_max=settings.encodings_max,
-    )
 
 
 if __name__ == "__main__":

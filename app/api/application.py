@@ -25,33 +25,12 @@ def create_app(
     host: str,
     api_token: str | None,
     allowed_hosts: Sequence[str],
-    request_bytes_max: int,
-    batch_jobs_max: int,
-    timeout_s_max: float,
-    wire_bytes_max: int,
-    body_bytes_max: int,
-    header_bytes_max: int,
-    header_count_max: int,
-    redirects_max: int,
-    informational_max: int,
-    encodings_max: int,
+    bounds: Bounds,
 ) -> FastAPI:
     """Make the ASGI application; `host` is the address it listens on; `readers` are sessions that run one SELECT each.
 
     Call `stop_waiting` when the server is told to stop, or long polls hold it up.
     """
-    bounds = Bounds(
-        request_bytes_max=request_bytes_max,
-        batch_jobs_max=batch_jobs_max,
-        timeout_s_max=timeout_s_max,
-        wire_bytes_max=wire_bytes_max,
-        body_bytes_max=body_bytes_max,
-        header_bytes_max=header_bytes_max,
-        header_count_max=header_count_max,
-        redirects_max=redirects_max,
-        informational_max=informational_max,
-        encodings_max=encodings_max,
-    )
     app = FastAPI(
         title="Fetchpool",
         version=version,

@@ -29,7 +29,7 @@ from app.api.schemas import (
     job_view,
 )
 from app.api.waiting import WaitAsked, applied
-from app.jobs import batches, queue, reads
+from app.jobs import batches, hints, queue, reads
 from app.jobs.database import DATABASE_ERRORS, is_conflict, is_passing
 from app.jobs.values import NewBatch
 from app.outcome import FailureCode
@@ -348,7 +348,7 @@ async def _hint(context: Context) -> None:
     """Wake the workers. The batch is stored already, and they find it by themselves: a failure changes nothing."""
     try:
         async with asyncio.timeout(HINT_TIMEOUT_S), context.sessions.begin() as session:
-            await queue.notify(session)
+            await hints.give(session)
     except DATABASE_ERRORS as error:
         if not is_passing(error):
             raise

@@ -1,7 +1,6 @@
-"""The way to PostgreSQL: engine, sessions, migration at start, and the wake-up channel."""
+"""The way to PostgreSQL: engine, sessions and migration at start."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ IDLE_IN_TRANSACTION_TIMEOUT_S = 5.0
 """No transaction waits for anything but PostgreSQL: one that stands still belongs to a process frozen or cut off. Every
 claim passes over the hosts it has locked until this ends it (with 30 s they waited 30 s, whatever the lease)."""
 POSTGRESQL_VERSION_MIN = 15
-WAKE_CHANNEL = "fetchpool_jobs"
 MIGRATION_LOCK = 7_306_080_214
 """Key of the transaction-level advisory lock under which migrations run; any number, the same for ever."""
 
@@ -172,16 +170,6 @@ async def _migrate_among_others(engine: AsyncEngine) -> None:
 async def ping(session: AsyncSession) -> None:
     """Ask for the least that PostgreSQL can do."""
     await session.execute(text("SELECT 1"))
-
-
-async def listen(url: str, wake: Callable[[], None]) -> asyncpg.Connection:
-    """Open a connection of its own that calls `wake` at every hint of new work; the caller closes it.
-
-    A hint only: it may be lost with the connection, and polling finds the work all the same.
-    """
-    connection = await connect(url)
-    await connection.add_listener(WAKE_CHANNEL, lambda *_: wake())
-    return connection
 
 
 async def connect(url: str) -> asyncpg.Connection:

@@ -15,7 +15,6 @@ from sqlalchemy.engine import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.jobs import leases, tallies
-from app.jobs.database import WAKE_CHANNEL
 from app.jobs.ids import new_job_ids, shard_of_hash
 from app.jobs.leases import OLDEST_UNFINISHED, WAITING_BATCHES
 from app.jobs.tallies import Change, HistogramKey
@@ -94,11 +93,6 @@ async def enqueue(session: AsyncSession, batch: NewBatch, jobs: NewJobs) -> None
     )
     hosts = dict(zip(jobs.hosts, jobs.host_hashes, strict=True))
     await session.execute(WAKE_HOSTS, {"shards": list(map(shard_of_hash, hosts.values())), "hosts": list(hosts)})
-
-
-async def notify(session: AsyncSession) -> None:
-    """Hint to the workers that there is work; a transaction of its own, for NOTIFY commits under a global lock."""
-    await session.execute(text("SELECT pg_notify(:channel, '')"), {"channel": WAKE_CHANNEL})
 
 
 async def _insert_batch(session: AsyncSession, batch: NewBatch, total: int) -> None:

@@ -12,27 +12,31 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from app.api.application import create_app, stop_waiting
+from app.api.schemas import Bounds
 from app.fetch.policy import Policy
 from app.jobs.database import Sessions
 from tests.jobs.actors import Client as Reader
 from tests.jobs.actors import Worker
 
+BOUNDS = Bounds(
+    request_bytes_max=16 * 2**20,
+    batch_jobs_max=100_000,
+    timeout_s_max=300.0,
+    wire_bytes_max=2**24,
+    body_bytes_max=2**24,
+    header_bytes_max=2**17,
+    header_count_max=256,
+    redirects_max=10,
+    informational_max=16,
+    encodings_max=3,
+)
 DEFAULTS: dict[str, Any] = {
     "policy": Policy(),
     "version": "1.2.3",
     "host": "127.0.0.1",
     "api_token": None,
     "allowed_hosts": (),
-    "request_bytes_max": 16 * 2**20,
-    "batch_jobs_max": 100_000,
-    "timeout_s_max": 300.0,
-    "wire_bytes_max": 2**24,
-    "body_bytes_max": 2**24,
-    "header_bytes_max": 2**17,
-    "header_count_max": 256,
-    "redirects_max": 10,
-    "informational_max": 16,
-    "encodings_max": 3,
+    "bounds": BOUNDS,
 }
 
 AppMaker = Callable[..., FastAPI]

@@ -3,6 +3,7 @@
 import asyncio
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -11,10 +12,9 @@ import httpx2
 
 from app.api.intake import check
 from app.api.problems import Problem
-from app.api.schemas import Bounds
 from app.fetch.policy import Policy
 from app.jobs.database import Sessions
-from tests.api.conftest import AppMaker, calling, served
+from tests.api.conftest import BOUNDS, AppMaker, calling, served
 from tests.jobs.actors import Client as Reader
 from tests.jobs.actors import Worker, success
 
@@ -261,7 +261,7 @@ async def test_json_may_name_its_charset(api: httpx2.AsyncClient) -> None:
 
 
 async def test_too_many_jobs_are_refused(make_app: AppMaker) -> None:
-    async with calling(make_app(batch_jobs_max=3)) as api:
+    async with calling(make_app(bounds=replace(BOUNDS, batch_jobs_max=3))) as api:
         assert (await api.post("/v1/batches", json={"urls": [URL] * 3})).status_code == 202
         response = await api.post("/v1/batches", json={"urls": [URL] * 4})
     assert (response.status_code, response.json()["code"]) == (422, "too_many_jobs")
@@ -273,7 +273,10 @@ async def test_too_large_a_body_is_refused_as_it_arrives(make_app: AppMaker) -> 
         for _ in range(5000):
             yield b" " * 1000
 
-    async with served(make_app(request_bytes_max=100_000)) as url, httpx2.AsyncClient(base_url=url) as api:
+    async with (
+        served(make_app(bounds=replace(BOUNDS, request_bytes_max=100_000))) as url,
+        httpx2.AsyncClient(base_url=url) as api,
+    ):
         announced = await api.post("/v1/batches", content=b" " * 5_000_000, headers=JSON)
         asking = await api.post("/v1/batches", content=b" " * 200_000, headers={**JSON, "Expect": "100-continue"})
         streamed = await api.post("/v1/batches", content=endless(), headers=JSON)
@@ -313,35 +316,21 @@ async def test_the_loop_runs_on_while_a_large_batch_is_checked(api: httpx2.Async
     job = {"url": "https://example.com/some/page", "headers": {"x": "y"}, "metadata": {"n": [1]}}
     body = json.dumps({"jobs": [*[job] * 50_000, {"url": "ftp://x"}]}).encode()
     submitting = asyncio.create_task(api.post("/v1/batches", content=body, headers=JSON))
-    loop, longest_s = asyncio.get_running_loop(), 0.0
+    turns = 0
     while not submitting.done():
-        before = loop.time()
         await asyncio.sleep(0.001)
-        longest_s = max(longest_s, loop.time() - before)
+        turns += 1
     assert (await submitting).status_code == 422
-    # On the loop itself it takes over a second; in one call of json.loads 150 ms.
-    assert longest_s < 0.14
+    assert turns > 20  # on the loop itself it would be three or four
 
 
 def test_the_shared_header_cases_are_judged_as_they_say() -> None:
-    bounds = Bounds(
-        request_bytes_max=2**20,
-        batch_jobs_max=10,
-        timeout_s_max=300,
-        wire_bytes_max=1,
-        body_bytes_max=1,
-        header_bytes_max=1,
-        header_count_max=1,
-        redirects_max=1,
-        informational_max=1,
-        encodings_max=1,
-    )
     with (CASES / "headers.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         body = json.dumps({"jobs": [{"url": URL, **_request_of(row["name"], row["caller input"])}]}).encode()
         try:
-            check(body, Policy(), bounds)
+            check(body, Policy(), BOUNDS)
             outcome = "accepted"
         except Problem as problem:
             outcome = f"422 {problem.faults[0].code}"
