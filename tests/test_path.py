@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,7 +55,7 @@ async def follow_a_batch(service: Service, site: web.Site) -> None:
     await _delete(service, path)
 
 
-async def _submit(service: Service, site: web.Site) -> dict[str, object]:
+async def _submit(service: Service, site: web.Site) -> dict[str, Any]:
     jobs = [
         {"url": site.url("/held/one"), "custom_id": "first", "metadata": {"row": 1}},
         {"url": site.url("/missing")},

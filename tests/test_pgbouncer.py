@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -18,7 +19,7 @@ from tests.test_path import answer, follow_a_batch
 
 pytestmark = debian.needs_pgbouncer
 
-BOUNCED = {"FETCHPOOL_PGBOUNCER": "1"}
+BOUNCED: dict[str, Any] = {"FETCHPOOL_PGBOUNCER": "1"}
 
 
 @pytest.fixture

@@ -110,4 +110,5 @@ def test_what_cannot_be_stored_is_found() -> None:
 
 
 def test_depth_counts_lists_and_objects() -> None:
-    assert [depth(value) for value in (1, [], {"a": []}, {"a": [{"b": 1}], "c": 2})] == [0, 1, 2, 3]
+    values: list[Any] = [1, [], {"a": []}, {"a": [{"b": 1}], "c": 2}]
+    assert list(map(depth, values)) == [0, 1, 2, 3]

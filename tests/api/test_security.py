@@ -79,7 +79,7 @@ async def test_without_the_token_nothing_is_told(make_app: AppMaker) -> None:
     async with calling(make_app(api_token=TOKEN)) as api:
         for path in ("/v1/batches", "/v1/jobs/x", "/nowhere", "/v1/batches/x/results", "/v1//docs", "/static"):
             for given in ("", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer", "Bearer caf\u00e9", TOKEN):
-                response = await api.get(path, headers={"Authorization": given.encode("latin-1")} if given else {})
+                response = await api.get(path, headers={b"Authorization": given.encode("latin-1")} if given else {})
                 assert (response.status_code, response.json()["code"]) == (401, "unauthorized"), (path, given)
                 assert response.headers["WWW-Authenticate"].startswith("Bearer")
 

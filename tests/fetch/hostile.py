@@ -16,6 +16,7 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import brotli
 
@@ -66,12 +67,12 @@ class Ground:
         method: str = "GET",
         headers: tuple[tuple[str, str], ...] = (),
         body: bytes | None = None,
-        **limits: float,
+        **limits: Any,
     ) -> Outcome:
         """Fetch one URL with limits that are wide but for those given."""
         raise NotImplementedError
 
-    async def fetch_from(self, script: Script, path: str = "/", **limits: float) -> Outcome:
+    async def fetch_from(self, script: Script, path: str = "/", **limits: Any) -> Outcome:
         """Fetch one page from a server that runs the script."""
         async with serve(script) as server:
             return await self.fetch(server.url(path), **limits)
@@ -122,7 +123,7 @@ def mismatch(outcome: Outcome, expected: str) -> str | None:
     return None if is_right else f"{came_to}, not {expected}"
 
 
-def answers(name: str, *parts: bytes, **limits: float) -> None:
+def answers(name: str, *parts: bytes, **limits: Any) -> None:
     """Register a row that one answer and the outcome alone decide."""
 
     async def scenario(ground: Ground) -> Outcome:
@@ -283,7 +284,7 @@ def bomb_of(coding: str) -> bytes:
         case "gzip":
             return gzip_bomb()
         case "br":
-            return brotli.compress(bytes(64 * MIB), quality=5)
+            return bytes(brotli.compress(bytes(64 * MIB), quality=5))
         case "deflate":
             return zlib.compress(bytes(64 * MIB), 9)
         case _:

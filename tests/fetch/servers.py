@@ -5,11 +5,12 @@ import contextlib
 import socket
 import ssl
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_network
 from pathlib import Path
+from typing import Any
 
 from app.fetch.http import FetchRequest, Limits, fetch
 from app.fetch.policy import Policy
@@ -175,7 +176,7 @@ def redirect(location: str, status: str = "302 Found") -> bytes:
 
 @asynccontextmanager
 async def transport_to(
-    names: dict[str, tuple[str, ...]] | None = None,
+    names: Mapping[str, tuple[str, ...]] | None = None,
     *,
     folder: Path | None = None,
     policy: Policy = LOOPBACK,
@@ -208,14 +209,12 @@ async def transport_to(
         await resolver.aclose()
 
 
-def asking(
-    url: str, *, method: str = "GET", headers: tuple[tuple[str, str], ...] = (), **limits: float
-) -> FetchRequest:
+def asking(url: str, *, method: str = "GET", headers: tuple[tuple[str, str], ...] = (), **limits: Any) -> FetchRequest:
     """Make a request whose limits are wide but for those given."""
-    return FetchRequest(url=url, method=method, headers=headers, limits=replace(LIMITS, **limits))  # type: ignore[arg-type]
+    return FetchRequest(url=url, method=method, headers=headers, limits=replace(LIMITS, **limits))
 
 
-async def fetch_from(script: Script, path: str = "/", **limits: float) -> Outcome:
+async def fetch_from(script: Script, path: str = "/", **limits: Any) -> Outcome:
     """Fetch one page from a server that runs the script."""
     async with serve(script) as server, transport_to() as transport:
         return await fetch(asking(server.url(path), **limits), transport=transport)

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from ipaddress import ip_network
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,7 @@ class Alone(Ground):
         method: str = "GET",
         headers: tuple[tuple[str, str], ...] = (),
         body: bytes | None = None,
-        **limits: float,
+        **limits: Any,
     ) -> Outcome:
         request = asking(url, method=method, headers=headers, **limits)
         return await fetch(replace(request, body=body), transport=self.transport)

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import ip_network
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,7 +54,7 @@ def routes(pages: dict[str, bytes]) -> Script:
     return script
 
 
-async def fetch_over(pages: dict[str, bytes], **limits: float) -> tuple[Outcome, Server]:
+async def fetch_over(pages: dict[str, bytes], **limits: Any) -> tuple[Outcome, Server]:
     async with serve(routes(pages)) as server, transport_to() as transport:
         return await fetch(asking(server.url(), **limits), transport=transport), server
 

@@ -587,7 +587,7 @@ def play(url: str, *, plays: int, steps: int, derandomize: bool) -> None:
     stage = Stage(url)
     try:
         run_state_machine_as_test(
-            lambda: Play(stage),
+            lambda: Play(stage),  # type: ignore[arg-type]  # any maker will do
             settings=settings(
                 max_examples=plays,
                 stateful_step_count=steps,

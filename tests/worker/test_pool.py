@@ -205,7 +205,13 @@ async def test_a_worker_whose_lease_is_gone_stops_and_stores_nothing(service: Se
 async def test_a_suspect_runs_with_no_other_fetch_open(service: Service, sessions: Sessions) -> None:
     async with serving() as site:
         at_once: list[int] = []
-        site.answer = lambda path: (at_once.append(site.now_count) if "suspect" in path else None) or (200, {}, b"")
+
+        def answer(path: str) -> Answer:
+            if "suspect" in path:
+                at_once.append(site.now_count)
+            return 200, {}, b""
+
+        site.answer = answer
         paths = [f"/{number}" for number in range(30)] + ["/suspect"] + [f"/{number}" for number in range(30, 60)]
         batch_id = await service.submit(*(site.url(path) for path in paths))
         async with sessions.begin() as session:
@@ -265,7 +271,7 @@ async def dropped(sessions: Sessions) -> int:
 async def test_a_result_that_cannot_be_stored_fails_its_job_alone(service: Service, sessions: Sessions) -> None:
     async with sessions.begin() as session:
         await session.execute(text("ALTER TABLE job ADD CONSTRAINT odd CHECK (http_status <> 299)"))
-    answers = {"/odd": (299, {}, b"")}
+    answers: dict[str, Answer] = {"/odd": (299, {}, b"")}
     async with serving(lambda path: answers.get(path, (200, {}, b""))) as site, service.worker():
         batch_id = await service.submit(*(site.url(path) for path in ("/1", "/odd", "/2")))
         batch = await service.finished(batch_id)
