@@ -33,6 +33,8 @@ from tests.jobs.actors import LEASE_S, Client, Worker, failure, retry, success
 CLAIMERS = 64
 ACTORS_OF_A_KIND = 3
 WAIT_S = 60.0
+END_S = 600.0
+"""Ten minutes of it leave some 10,000 batches to be erased one by one."""
 BUSTLE_S = float(os.environ.get("FETCHPOOL_TEST_BUSTLE_S", "600"))
 TOGETHER_S = BUSTLE_S + 600
 BATCHES_MAX = 200
@@ -291,12 +293,12 @@ class Bustle:
     async def come_to_an_end(self) -> None:
         """One worker and upkeep alone must be able to finish whatever is left."""
         worker = Worker(self.sessions)
-        async with asyncio.timeout(WAIT_S):
+        async with asyncio.timeout(END_S):
             while await self.count_unfinished():
                 held = await worker.claim()
                 await worker.record(*(success(job) for jobs in held.values() for job in jobs))
                 await worker.release(*held)
-                self.until = time.monotonic() + WAIT_S
+                self.until = time.monotonic() + END_S
                 await together(self.sweep(), self.rescue())
             while await self.erase(limit=1_000):
                 pass
