@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 
@@ -36,6 +36,8 @@ class _Workers(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield what each worker said last; of a silent one only what it counted so far."""
         labels = ("worker", "machine")
+        known = InfoMetricFamily("fetchpool_worker", "Which process the worker is.", labels=labels)
+        started = GaugeMetricFamily("fetchpool_worker_start_time_seconds", "Unix time of its start.", labels=labels)
         slots = GaugeMetricFamily("fetchpool_worker_slots", "Fetches the worker has room for.", labels=labels)
         running = GaugeMetricFamily("fetchpool_worker_running", "Fetches under way at the last beat.", labels=labels)
         dropped = CounterMetricFamily(
@@ -47,6 +49,8 @@ class _Workers(Collector):
             values = (str(beat.id), beat.machine)
             dropped.add_metric(values, beat.dropped)
             if beat.is_heard:
+                known.add_metric(values, {"pid": str(beat.pid), "version": beat.version})
+                started.add_metric(values, beat.started_at.timestamp())
                 slots.add_metric(values, beat.slots)
                 running.add_metric(values, beat.running)
-        yield from (slots, running, dropped)
+        yield from (known, started, slots, running, dropped)

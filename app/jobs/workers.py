@@ -1,6 +1,7 @@
 """The heartbeat of worker processes, for people and metrics; no lease depends on it."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from uuid import UUID
 
 from sqlalchemy import text
@@ -38,7 +39,8 @@ FORGET = text("""
 LEAVE = text("DELETE FROM worker WHERE id = :id")
 
 LIST = text("""
-    SELECT id, machine, slots, running, dropped, beat_at > now() - make_interval(secs => :silent_after_s) AS is_heard
+    SELECT id, machine, pid, version, slots, started_at, running, dropped,
+        beat_at > now() - make_interval(secs => :silent_after_s) AS is_heard
     FROM worker ORDER BY id LIMIT :limit
 """)
 
@@ -49,7 +51,10 @@ class Heartbeat:
 
     id: UUID
     machine: str
+    pid: int
+    version: str
     slots: int
+    started_at: datetime
     running: int
     dropped: int
     is_heard: bool

@@ -33,11 +33,15 @@ async def test_metrics_tell_what_workers_said_last(api: httpx2.AsyncClient, sess
     await beat(sessions, HEARD, running=7, dropped=2)
     await beat(sessions, SILENT, running=9, dropped=1)
     async with sessions.begin() as session:
+        await session.execute(text("UPDATE worker SET started_at = to_timestamp(1.5e9)"))
         silence = text("UPDATE worker SET beat_at = now() - interval '2 minutes' WHERE id = :id")
         await session.execute(silence, {"id": SILENT.id})
     answer = await api.get("/metrics")
     assert answer.headers["Content-Type"].startswith("text/plain; version=")
+    assert f'pid="{HEARD.pid}",version="{HEARD.version}"' in answer.text
     assert samples(answer) == {
+        ("fetchpool_worker_info", "one"): 1,
+        ("fetchpool_worker_start_time_seconds", "one"): 1.5e9,
         ("fetchpool_worker_slots", "one"): 100,
         ("fetchpool_worker_running", "one"): 7,
         ("fetchpool_worker_results_dropped_total", "one"): 2,
