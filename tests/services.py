@@ -7,13 +7,15 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx2
+
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[1]
 START_S = 60.0
@@ -229,9 +231,3 @@ def postgres_pids(data_dir: Path) -> set[int]:
     """The servers that run on this folder."""
     pids = (int(entry.name) for entry in Path("/proc").glob("[0-9]*"))
     return {pid for pid in pids if f"-D {data_dir}/" in command_line(pid)}
-
-
-async def until(condition: Callable[[], object], *, within_s: float = 30.0) -> None:
-    async with asyncio.timeout(within_s):
-        while not condition():
-            await asyncio.sleep(0.02)

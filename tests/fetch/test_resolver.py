@@ -17,6 +17,7 @@ from app.fetch.policy import Policy, Refused, check_url
 from app.fetch.resolver import ANSWERS_MAX, Resolver, addresses
 from app.outcome import FailureCode
 from tests.fetch.name_server import Answers, NameServer, serve_names
+from tests.waiting import until
 
 PUBLIC = "93.184.216.34"
 PUBLIC6 = "2606:2800:21f:cb07:6820:80da:af6b:8b2c"
@@ -216,8 +217,7 @@ async def test_closing_ends_those_who_wait() -> None:
     async with serve_names({"a.test": "hang"}) as server:
         resolver = Resolver(servers=[server.address], dns_timeout_s=60.0, hosts_file=NO_HOSTS)
         waiting = asyncio.create_task(refusal(resolver, "a.test"))
-        while not server.asked:
-            await asyncio.sleep(0.001)
+        await until(lambda: server.asked)
         async with asyncio.timeout(5):
             await resolver.aclose()
             assert await waiting is FailureCode.DNS_FAILURE

@@ -16,6 +16,7 @@ from app.fetch.transport import Transport
 from app.outcome import Failure, FailureCode, Outcome, Response
 from tests.fetch.authorities import Authority, make_authority
 from tests.fetch.servers import LIMITS, Visit, always, asking, page, redirect, serve, transport_to
+from tests.waiting import until
 
 NAMES = {"good.example": ("127.0.0.1",), "other.example": ("127.0.0.1",)}
 
@@ -169,9 +170,7 @@ async def test_handshakes_cut_short_leak_nothing(host: str, tmp_path: Path, auth
                 loop.call_later(0.005 * number, task.cancel)
             await asyncio.wait(tasks)
         transport.close_idle(f"{host}:{server.port}")
-        async with asyncio.timeout(10):
-            while open_files() > before:
-                await asyncio.sleep(0.01)
+        await until(lambda: open_files() <= before)
 
 
 def open_files() -> int:

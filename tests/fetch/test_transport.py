@@ -4,7 +4,7 @@ import asyncio
 import gc
 import random
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -29,18 +29,13 @@ from tests.fetch.servers import (
     serve,
     transport_to,
 )
+from tests.waiting import until
 
 
 @asynccontextmanager
 async def talking(script: Script, **options: float) -> AsyncIterator[tuple[Server, Transport]]:
     async with serve(script) as server, transport_to(**options) as transport:  # type: ignore[arg-type]
         yield server, transport
-
-
-async def until(happened: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not happened():
-            await asyncio.sleep(0.005)
 
 
 def ok(outcome: Outcome) -> Response:

@@ -6,6 +6,7 @@ import os
 from app.jobs.database import make_engine, migrate
 from app.jobs.tables import metadata
 from tests.databases import connect, drop, recreate, with_database
+from tests.waiting import until
 
 SCHEMA = """
     SELECT 'column', c.relname || '.' || a.attname,
@@ -57,9 +58,8 @@ async def test_a_migration_gives_way_to_a_transaction_at_work_and_comes_again(se
     await other.execute("ALTER TABLE attempt DROP COLUMN charged; UPDATE alembic_version SET version_num = '0004'")
     await other.execute("SET deadlock_timeout = '1min'; BEGIN; LOCK TABLE attempt IN ACCESS SHARE MODE")
     migration = asyncio.create_task(migrate(url))
-    async with asyncio.timeout(10):
-        while not await other.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'relation'"):
-            await asyncio.sleep(0.02)
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'relation'"
+    await until(lambda: other.fetchval(waiting))
     await other.execute("LOCK TABLE job IN ACCESS SHARE MODE")
     await other.execute("COMMIT")
     await migration

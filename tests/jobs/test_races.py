@@ -29,6 +29,7 @@ from app.jobs.values import ClaimedJob, Lease, Result
 from app.jobs.workers import Identity
 from tests.databases import connect
 from tests.jobs.actors import LEASE_S, Client, Worker, failure, retry, success
+from tests.waiting import until
 
 CLAIMERS = 64
 ACTORS_OF_A_KIND = 3
@@ -73,11 +74,13 @@ OTHER_CONNECTIONS = """
 """
 
 
+async def _is_alone(url: str) -> bool:
+    return not await fetch(url, OTHER_CONNECTIONS)
+
+
 async def deadlock_count(url: str) -> int:
     """Count the deadlocks so far; connections report theirs at the latest when they close, which takes a moment."""
-    async with asyncio.timeout(WAIT_S):
-        while await fetch(url, OTHER_CONNECTIONS):
-            await asyncio.sleep(0.01)
+    await until(lambda: _is_alone(url))
     [(count,)] = await fetch(url, "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()")
     return int(count)
 
@@ -366,9 +369,7 @@ async def _record_and_finish(worker: Worker, jobs: list[ClaimedJob]) -> set[UUID
 
 async def _until_something_waits_for_a_lock(url: str) -> None:
     waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-    async with asyncio.timeout(WAIT_S):
-        while not await fetch(url, waiting):
-            await asyncio.sleep(0.001)
+    await until(lambda: fetch(url, waiting))
 
 
 async def test_a_claim_that_rescues_locks_the_tallies_in_order(database_url: str, sessions: Sessions) -> None:

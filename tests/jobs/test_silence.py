@@ -1,13 +1,12 @@
 """Connections that are in use for long: ended when their server waits, left alone when it works."""
 
-import asyncio
-
 import pytest
 from sqlalchemy import text
 
 from app.jobs.database import DATABASE_ERRORS, make_engine, make_sessions
 from app.jobs.silence import IN_USE_S, watching
 from tests.databases import connect
+from tests.waiting import until
 
 
 async def test_a_statement_that_takes_long_is_left_to_work(database_url: str) -> None:
@@ -46,8 +45,7 @@ async def test_nothing_is_ended_where_no_server_can_be_told(database_url: str) -
 async def _has_ended(url: str, pid: int) -> None:
     connection = await connect(url)
     try:
-        async with asyncio.timeout(20):
-            while await connection.fetchval("SELECT true FROM pg_stat_activity WHERE pid = $1", pid):
-                await asyncio.sleep(0.05)
+        gone = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1)"
+        await until(lambda: connection.fetchval(gone, pid))
     finally:
         await connection.close()

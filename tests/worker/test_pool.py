@@ -11,6 +11,8 @@ from sqlalchemy import text
 
 from app.jobs import batches
 from app.jobs.database import Sessions
+from app.worker.pool import Pool
+from tests.waiting import until
 from tests.web import Answer, serving
 from tests.worker.conftest import Service
 
@@ -101,13 +103,11 @@ async def test_a_host_that_rests_long_is_given_back_though_nothing_waits_there(
 ) -> None:
     async with serving(lambda _: (429, {"Retry-After": "600"}, b"")) as site, service.worker() as pool:
         await service.submit(site.url("/"))
-        async with asyncio.timeout(10):
-            while not await _all_rest(sessions):
-                pool.wake()  # as hints of work at other hosts do
-                await asyncio.sleep(0.02)
+        await until(lambda: _all_rest(sessions, pool))
 
 
-async def _all_rest(sessions: Sessions) -> bool:
+async def _all_rest(sessions: Sessions, pool: Pool) -> bool:
+    pool.wake()  # as hints of work at other hosts do
     async with sessions.begin() as session:
         state = "SELECT bool_and(owner IS NULL AND not_before > now() + interval '500 seconds') FROM host"
         return bool(await session.scalar(text(state)))
@@ -193,9 +193,7 @@ async def test_a_worker_whose_lease_is_gone_stops_and_stores_nothing(service: Se
         await site.wait_for_hits(1)
         async with sessions.begin() as session:
             await session.execute(text("UPDATE host SET lease = lease + 1, owner = gen_random_uuid()"))
-        async with asyncio.timeout(10):
-            while not site.closed_early:
-                await asyncio.sleep(0.02)
+        await until(lambda: site.closed_early)
         site.gate.set()
         assert (await service.finished(batch_id)).counts.succeeded == 1
         [job] = await service.jobs(batch_id)
@@ -252,9 +250,7 @@ async def test_a_result_that_comes_after_its_lease_is_counted_and_its_job_cleare
             )
             await session.execute(text("UPDATE tally SET queued = 1, running = 0"))
         site.gate.set()
-        async with asyncio.timeout(10):
-            while await dropped(sessions) == 0:
-                await asyncio.sleep(0.02)
+        await until(lambda: dropped(sessions))
         async with sessions.begin() as session:
             assert (await session.execute(text("SELECT status, crashes FROM job"))).one() == ("queued", 0)
         await _cancel(service, batch_id)
@@ -332,9 +328,7 @@ async def test_what_runs_stops_before_the_lease_ends_though_the_renewal_hangs(
         await site.wait_for_hits(1)
         async with sessions.begin() as session:
             await session.execute(text("SELECT 1 FROM host FOR UPDATE"))
-            async with asyncio.timeout(10):
-                while site.now_count:
-                    await asyncio.sleep(0.05)
+            await until(lambda: not site.now_count)
         site.gate.set()
         assert (await service.finished(batch_id)).counts.succeeded == 1
 

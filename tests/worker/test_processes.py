@@ -10,6 +10,7 @@ import pytest
 
 from app.worker import processes
 from app.worker.processes import Processes, next_delay_s
+from tests.waiting import until
 
 # Writes its process id into the folder, and ends on SIGTERM or when its standard input closes.
 POLITE = """
@@ -26,10 +27,8 @@ def make_processes(program: str, folder: Path, *, count: int = 1, grace_s: float
 
 
 async def pids_in(folder: Path, count: int) -> list[int]:
-    async with asyncio.timeout(20):
-        while len(found := list(folder.iterdir())) < count:
-            await asyncio.sleep(0.01)
-    return [int(path.name) for path in found]
+    await until(lambda: len(list(folder.iterdir())) >= count)
+    return [int(path.name) for path in folder.iterdir()]
 
 
 def is_alive(pid: int) -> bool:
@@ -37,12 +36,6 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-async def wait_until_dead(pid: int) -> None:
-    async with asyncio.timeout(10):
-        while is_alive(pid):
-            await asyncio.sleep(0.01)
 
 
 async def test_as_many_processes_run_as_asked_for_and_all_end(tmp_path: Path) -> None:
@@ -68,9 +61,7 @@ async def test_a_dead_process_is_started_again(tmp_path: Path) -> None:
 async def test_a_command_that_does_not_exist_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
     workers = Processes(["/nonexistent"], count=1, environment={}, grace_s=0)
     running = asyncio.create_task(workers.run())
-    async with asyncio.timeout(10):
-        while "could not be started" not in caplog.text:
-            await asyncio.sleep(0.01)
+    await until(lambda: "could not be started" in caplog.text)
     workers.end()
     await asyncio.wait_for(running, 10)
 
@@ -105,7 +96,7 @@ async def test_a_killed_parent_leaves_no_orphan(tmp_path: Path) -> None:
     [pid] = await pids_in(tmp_path, 1)
     parent.kill()
     await parent.wait()
-    await wait_until_dead(pid)
+    await until(lambda: not is_alive(pid))
 
 
 async def test_a_process_is_out_of_reach_of_ctrl_c(tmp_path: Path) -> None:
