@@ -115,7 +115,8 @@ class Connection(asyncio.BufferedProtocol):
     def _fail(self, failure: Failed) -> None:
         """Note the first thing that went wrong, and give the socket up."""
         if self._failure is None:
-            self._failure = failure
+            # Without its traceback, which leads back here: a body over the limit would stay until garbage is collected.
+            self._failure = Failed(failure.code, failure.detail)
         self.abort()
         self._wake()
 

@@ -345,7 +345,10 @@ class Transport(httpx2.AsyncBaseTransport):
                 failures.append(Failed(FailureCode.CONNECT_TIMEOUT, "TCP and TLS did not stand in time."))
             except Failed as failure:
                 failures.append(failure)
-        raise _most_telling(failures)
+        try:
+            raise _most_telling(failures)
+        finally:
+            failures.clear()  # by their tracebacks they would keep this list, and all of the fetch
 
     async def _dial(self, address: str, target: Target) -> Connection:
         """Connect to one address and, for https, shake hands in the target's name."""

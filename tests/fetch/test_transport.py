@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from app.fetch.exchange import Exchange
 from app.fetch.http import FetchRequest, fetch
 from app.fetch.policy import check_url
 from app.fetch.transport import Body, Request, Trace, Transport
@@ -393,6 +394,33 @@ async def test_a_fetch_leaves_nothing_to_the_garbage_collector(answer: bytes) ->
             assert gc.collect() < 50
         finally:
             gc.enable()
+
+
+async def test_what_came_of_a_body_over_the_limit_goes_with_its_fetch() -> None:
+    async with talking(always(b"HTTP/1.1 200 OK\r\n\r\n" + bytes(100_000))) as (server, transport):
+        gc.collect()
+        gc.disable()
+        try:
+            outcome = await fetch(asking(server.url(), wire_bytes_max=50_000), transport=transport)
+            assert isinstance(outcome, Failure)
+            assert outcome.code is FailureCode.BODY_TOO_LARGE
+            await until(lambda: not any(isinstance(each, Exchange) for each in gc.get_objects()))
+        finally:
+            gc.enable()
+
+
+async def test_a_refused_connection_leaves_nothing_to_the_garbage_collector() -> None:
+    async with talking(always(page())) as (server, transport):
+        url = server.url()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(50):
+            outcome = await fetch(asking(url), transport=transport)
+            assert isinstance(outcome, Failure)
+        assert gc.collect() < 50
+    finally:
+        gc.enable()
 
 
 async def test_a_closed_transport_keeps_nothing() -> None:
