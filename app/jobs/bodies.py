@@ -15,8 +15,13 @@ LEVEL = 1
 SMALL_BYTES_MAX = 128 * 2**10
 """Bodies up to this size are packed within half a millisecond; larger ones are best packed in a thread."""
 
-_small = zstd.ZstdCompressor(LEVEL)
-"""Kept, since making one costs a third of what a page takes; not for large bodies, which would hold up small ones."""
+_small = zstd.ZstdCompressor(
+    options={zstd.CompressionParameter.compression_level: LEVEL, zstd.CompressionParameter.hash_log: 13}
+)
+"""Kept, since making one costs a third of what a page takes; not for large bodies, which would hold up small ones.
+
+Its table of 32 KiB fits the processor's nearest cache. The one of 128 KiB that zstd takes for up to 16 KiB does not: it
+costs a fifth more when other things ran in between, and saves 0.3 % of room."""
 
 
 def pack(content: bytes) -> tuple[bytes, str]:

@@ -143,24 +143,26 @@ def _repeatables(options: dict[str, Any], methods: list[str | None]) -> list[boo
     return [retry_unsafe or (method or shared) in SAFE_METHODS for method in methods]
 
 
-# Found once by the claim's index, then by place (ctid): looked up by key, the planner went by way of that index again
-# and read all of the host's jobs for each. A row that somebody moves meanwhile is passed over, like a locked one.
+# Found once by the claim's index, then by place (ctid), row by row (LATERAL), and the status it leaves is that of the
+# locked row. By key, the planner went by way of that index again and read all of the host's jobs for each. Joined, it
+# read all queued jobs there are, once statistics of a quiet moment said that these are hardly any: 1.1 ms of CPU for
+# each of 10,000 jobs instead of 0.14. A row that somebody moves meanwhile is passed over, like a locked one.
 TAKE_JOBS = text(f"""
     WITH turn AS MATERIALIZED (
         SELECT * FROM unnest(
             CAST(:shards AS smallint[]), CAST(:hosts AS text[]), CAST(:leases AS bigint[]), CAST(:wanted AS int[])
         ) AS t(shard, host, lease, wanted)
     ), picked AS MATERIALIZED (
-        SELECT due.place, turn.lease
+        SELECT due.place, turn.shard, due.id, turn.lease
         FROM turn CROSS JOIN LATERAL (
-            SELECT due.place
+            SELECT due.place, due.id
             FROM (
                 SELECT batch_id, run_at AS since FROM ({WAITING_BATCHES}) AS waits
                 WHERE run_at <= now() LIMIT {BATCHES_PER_TURN_MAX}
             ) AS sharing
             CROSS JOIN LATERAL (
-                SELECT place, row_number() OVER (ORDER BY run_at) AS number FROM (
-                    SELECT ctid AS place, run_at FROM job
+                SELECT place, id, row_number() OVER (ORDER BY run_at) AS number FROM (
+                    SELECT ctid AS place, id, run_at FROM job
                     WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
                         AND batch_id = sharing.batch_id AND run_at BETWEEN sharing.since AND now()
                     ORDER BY run_at LIMIT turn.wanted
@@ -170,12 +172,14 @@ TAKE_JOBS = text(f"""
         ) AS due
         LIMIT :jobs_max
     ), locked AS MATERIALIZED (
-        SELECT job.ctid AS place, picked.lease FROM job JOIN picked ON job.ctid = picked.place
-        WHERE job.status = 'queued'
-        ORDER BY job.shard, job.id FOR UPDATE OF job SKIP LOCKED
+        SELECT picked.place, picked.lease, job.left_status
+        FROM (SELECT * FROM picked ORDER BY shard, id) AS picked
+        CROSS JOIN LATERAL (
+            SELECT status AS left_status FROM job WHERE job.ctid = picked.place FOR UPDATE SKIP LOCKED
+        ) AS job
     )
     UPDATE job SET status = 'running', attempt = attempt + 1, lease = locked.lease, started_at = now()
-    FROM locked WHERE job.ctid = locked.place AND job.status = 'queued'
+    FROM locked WHERE job.ctid = locked.place AND locked.left_status = 'queued'
     RETURNING job.shard, job.id, job.batch_id, job.host, job.url, job.request, job.repeatable, job.attempt, job.lost,
         job.crashes, job.lease, job.accused, job.run_at
 """)
@@ -235,7 +239,8 @@ async def _take(session: AsyncSession, wanted: Sequence[tuple[Lease, int]], *, j
             "shards": [lease.shard for lease, _ in wanted],
             "hosts": [lease.host for lease, _ in wanted],
             "leases": [lease.number for lease, _ in wanted],
-            "wanted": [count for _, count in wanted],
+            # no more than there is room for: it reads as many of each batch as it may take before it chooses
+            "wanted": [min(count, jobs_max) for _, count in wanted],
             "jobs_max": jobs_max,
         },
     )
@@ -291,7 +296,7 @@ RECORD_JOBS = text("""
                 ELSE run_at END,
             finished_at = CASE WHEN locked.status <> 'queued' THEN now() END,
             error = locked.error, error_detail = locked.detail, http_status = locked.http_status,
-            evidence = CAST(locked.evidence AS jsonb), body_sha256 = locked.sha256
+            evidence = CAST(locked.evidence AS json), body_sha256 = locked.sha256
         FROM locked
         WHERE job.shard = locked.shard AND job.id = locked.id AND locked.left_status = 'running'
         RETURNING job.shard, job.id, job.attempt, job.status, job.started_at, job.error, job.error_detail,
@@ -474,15 +479,22 @@ CRASHED_DETAIL = (
     "Set the option retry_unsafe to have such methods sent again."
 )
 
+# The status is asked of the rows that were found by position, then of those that are locked: named on `job` itself, it
+# led the planner to read all queued jobs for each of the chosen ones, when statistics said that there are hardly any.
 CANCEL_QUEUED = text("""
-    WITH chosen AS MATERIALIZED (
-        SELECT shard, id FROM job
-        WHERE batch_id = :batch_id AND position >= :start AND position < :stop AND status = 'queued'
-        ORDER BY shard, id FOR UPDATE SKIP LOCKED
+    WITH part AS MATERIALIZED (
+        SELECT shard, id, status FROM job WHERE batch_id = :batch_id AND position >= :start AND position < :stop
+    ), locked AS MATERIALIZED (
+        SELECT waiting.shard, waiting.id, job.left_status
+        FROM (SELECT * FROM part WHERE status = 'queued' ORDER BY shard, id) AS waiting
+        CROSS JOIN LATERAL (
+            SELECT status AS left_status FROM job
+            WHERE job.shard = waiting.shard AND job.id = waiting.id FOR UPDATE SKIP LOCKED
+        ) AS job
     )
     UPDATE job SET status = 'cancelled', finished_at = now(), error = 'cancelled', error_detail = NULL,
         http_status = NULL, evidence = NULL
-    FROM chosen WHERE job.shard = chosen.shard AND job.id = chosen.id AND job.status = 'queued'
+    FROM locked WHERE job.shard = locked.shard AND job.id = locked.id AND locked.left_status = 'queued'
     RETURNING job.shard
 """)
 

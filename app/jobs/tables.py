@@ -23,7 +23,7 @@ from sqlalchemy import (
     event,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import JSON, JSONB
 
 metadata = MetaData(
     naming_convention={
@@ -125,7 +125,8 @@ job = Table(
     Column("error", Text),
     Column("error_detail", Text),
     Column("http_status", SmallInteger),
-    Column("evidence", JSONB),
+    # read whole and never looked into
+    Column("evidence", JSON),
     Column("body_sha256", LargeBinary),
     # a suspect whose worker was lost while it ran alone: convicted by whoever claims it next, cleared by that worker
     Column("accused", Boolean, nullable=False, server_default=text("false")),
@@ -164,7 +165,7 @@ attempt = Table(
     Column("error", Text, nullable=False),
     Column("error_detail", Text),
     Column("http_status", SmallInteger),
-    Column("evidence", JSONB),
+    Column("evidence", JSON),
     # a crash of the job was counted for it, which its worker takes off again should it be heard of
     Column("charged", Boolean, nullable=False, server_default=text("false")),
     PrimaryKeyConstraint("shard", "job_id", "number"),
@@ -180,8 +181,10 @@ body = Table(
     PrimaryKeyConstraint("shard", "sha256"),
     CheckConstraint("encoding IN ('identity', 'zstd')", name="encoding_known"),
     CheckConstraint("octet_length(sha256) = 32", name="sha256_whole"),
+    postgresql_with={"toast_tuple_target": "8160"},
 )
-"""`content` is compressed by the worker where that helps, so PostgreSQL keeps it as it is."""
+"""`content` is compressed by the worker where that helps, so PostgreSQL keeps it as it is, and in the row where a page
+can hold it: 3.7 KB were two chunks of TOAST, each with an entry in an index."""
 BODY_STORAGE = "ALTER TABLE body ALTER COLUMN content SET STORAGE EXTERNAL"
 event.listen(body, "after_create", DDL(BODY_STORAGE))  # type: ignore[no-untyped-call]  # SQLAlchemy 2.1 leaves it without types
 

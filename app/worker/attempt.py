@@ -2,10 +2,11 @@
 
 import asyncio
 import hashlib
-import json
 from collections.abc import Awaitable, Callable
 from dataclasses import fields
 from typing import Any
+
+from pydantic_core import to_json
 
 from app.fetch.http import fetch
 from app.fetch.transport import Transport
@@ -21,7 +22,6 @@ CUT_OFF_WHEN = {
 }
 
 EVIDENCE = tuple(part.name for part in fields(Evidence))
-_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
 async def run(
@@ -115,4 +115,4 @@ def _evidence_json(outcome: Outcome) -> str:
     stored["redirects"] = [{"url": hop.url, "status": hop.status} for hop in evidence.redirects]
     if isinstance(outcome, Response):
         stored |= {"final_url": outcome.final_url, "headers": outcome.headers, "flags": outcome.flags}
-    return _JSON.encode(stored).replace("\\u0000", "\\ufffd")
+    return to_json(stored).decode().replace("\\u0000", "\\ufffd")

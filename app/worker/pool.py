@@ -25,7 +25,10 @@ from app.worker.slots import Slots
 
 POLL_S = 1.0
 """Longest pause between two looks for work; a random part of it is left out, so that workers do not look together."""
-PAUSE_S_MIN = 0.001
+STEP_PAUSE_S = 0.005
+"""Shortest pause between two steps: each fetch that ends may ask for one."""
+FULL_PAUSE_S = 0.1
+"""Longest pause between two steps while all slots are full; none asks for one then, so that each refill takes many."""
 CLAIM_PAUSE_S = 0.02
 """Shortest pause between two claims, so that each claims many jobs."""
 ASK_CANCELLED_S = 1.0
@@ -150,6 +153,7 @@ class Pool:
         self._slots.start_ready()
 
     async def _pause(self) -> None:
+        await asyncio.sleep(STEP_PAUSE_S)
         now = time.monotonic()
         pause_s = POLL_S * random.uniform(0.5, 1.0)
         if self._has_room():
@@ -158,8 +162,10 @@ class Pool:
             pause_s = min(pause_s, self._drain_by - now)
         if self._holds:
             pause_s = min(pause_s, self._keeper.renews_at - now)
+        if self._slots.is_full:
+            pause_s = min(pause_s, FULL_PAUSE_S)
         with suppress(TimeoutError):
-            async with asyncio.timeout(max(pause_s, PAUSE_S_MIN)):
+            async with asyncio.timeout(pause_s):
                 await self._woken.wait()
         self._woken.clear()
 
@@ -190,9 +196,13 @@ class Pool:
         if now < self._may_claim_at or room <= 0 or self._recorder.is_full:
             return
         settings = self._settings
-        claimed = await self._claim_due(room)
+        # at rest: finding nothing takes one round trip like this, and three by a claim
+        is_due = bool(self._holds) or await self._is_any_due()
+        claimed = await self._claim_due(room) if is_due else {}
+        # Another worker's claim may just now have locked all that is due, only to leave most of it.
+        is_due = bool(claimed) or (is_due and await self._is_any_due())
         self._claimed_at = time.monotonic()
-        self._may_claim_at = self._claimed_at + (CLAIM_PAUSE_S if claimed else POLL_S * random.uniform(0.5, 1.0))
+        self._may_claim_at = self._claimed_at + (CLAIM_PAUSE_S if is_due else POLL_S * random.uniform(0.5, 1.0))
         was_cut = sum(len(jobs) for jobs in claimed.values()) >= room
         for lease, jobs in claimed.items():
             hold = self._keeper.hold(lease, now, concurrency=settings.host_concurrency, delay_s=settings.host_delay_s)
@@ -201,10 +211,6 @@ class Pool:
 
     async def _claim_due(self, room: int) -> dict[Lease, list[ClaimedJob]]:
         settings = self._settings
-        if not self._holds:  # at rest: finding nothing takes one round trip like this, and three by a claim
-            async with self._readers() as session:
-                if not await leases.is_any_due(session):
-                    return {}
         async with self._sessions.begin() as session:
             return await queue.claim(
                 session,
@@ -215,12 +221,19 @@ class Pool:
                 lease_s=settings.lease_s,
             )
 
+    async def _is_any_due(self) -> bool:
+        async with self._readers() as session:
+            return await leases.is_any_due(session)
+
     async def _refill(self) -> None:
         now = time.monotonic()
         room = self._refill_room()
         wanted = [(hold, count) for hold in self._holds.values() if (count := hold.wanted(now)) > 0]
         if not wanted or room <= 0 or self._recorder.is_full:
             return
+        # fair shares: the first few hosts would take all the room, and the others leave slots empty
+        share = max(1, room // len(wanted))
+        wanted = [(hold, min(count, share)) for hold, count in wanted]
         async with self._sessions.begin() as session:
             jobs = await queue.refill(
                 session, self._identity.id, [(hold.lease, count) for hold, count in wanted], jobs_max=room

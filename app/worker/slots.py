@@ -62,6 +62,11 @@ class Slots:
         self.running_count = 0
         self.waiting_count = 0
 
+    @property
+    def is_full(self) -> bool:
+        """Whether each slot has a fetch."""
+        return self.running_count >= self._count
+
     # Jobs that come, and that go again before they started
 
     def supply(self, hold: Hold, jobs: Sequence[ClaimedJob]) -> None:
@@ -171,7 +176,7 @@ class Slots:
             self.start_ready()
 
     def _may_start(self) -> bool:
-        return self.running_count < self._count and not self._recorder.is_full and self._suspect is None
+        return not (self.is_full or self._recorder.is_full) and self._suspect is None
 
     def _start_one(self, hold: Hold) -> bool:
         """Start the host's next job if it may; what holds it back makes the host ready again when it is over."""
@@ -246,7 +251,7 @@ class Slots:
             logger.error("Attempt %d of job %s broke", job.attempt, job.id, exc_info=bug)
             self._offer(hold, attempt.broken(job))
         self.start_ready()
-        if self.running_count * 2 < self._count or (not hold.is_dry and len(hold.waiting) < hold.concurrency):
+        if not self.is_full:
             self._wake()
 
     def _settle_cancelled(self, hold: Hold, job: ClaimedJob) -> None:

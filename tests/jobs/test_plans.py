@@ -32,6 +32,15 @@ FILL = """
     ), bodies AS (
         INSERT INTO body (shard, sha256, encoding, content)
         SELECT DISTINCT ON (n) shard, sha256(n::text::bytea), 'identity', '' FROM made
+    ), attempts AS (
+        INSERT INTO attempt (shard, job_id, number, started_at, finished_at, error)
+        SELECT shard, gen_random_uuid(), 1, now(), now(), 'read_timeout' FROM made
+    ), batches AS (
+        INSERT INTO batch (id, options, skipped, status, total, idempotency_key, request_sha256)
+        SELECT DISTINCT batch_id, '{}'::jsonb, '[]'::jsonb, 'running', 1, batch_id::text, sha256('') FROM made
+    ), finished AS (
+        INSERT INTO batch (id, options, skipped, status, total, finished_at)
+        SELECT gen_random_uuid(), '{}', '[]', 'completed', 1, now() FROM generate_series(1, 20000)
     )
     INSERT INTO histogram (shard, batch_id, kind, key, n)
     SELECT DISTINCT shard, batch_id, 'error', 'read_timeout', 1 FROM made
@@ -42,10 +51,18 @@ FILL = """
 async def filled(sessions: Sessions) -> Sessions:
     async with sessions.begin() as session:
         await session.execute(text(FILL), {"jobs": JOBS, "hosts": HOSTS})
+    await vacuum(sessions)
+    return sessions
+
+
+async def vacuum(sessions: Sessions) -> None:
     async with sessions() as session:
         connection = await session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
         await connection.execute(text("VACUUM ANALYZE"))
-    return sessions
+
+
+QUIET = "UPDATE job SET status = 'cancelled', finished_at = now()"
+BUSY = "UPDATE job SET status = 'queued', finished_at = NULL"
 
 
 async def plan(sessions: Sessions, statement: TextClause, values: Mapping[str, Any]) -> str:
@@ -59,6 +76,9 @@ HELD = {**HOST, "leases": [1], "owner": uuid4()}
 JOB = {"shards": [1], "ids": [uuid4()], "leases": [1], "attempts": [1]}
 COUNTED = ("queued", "running", "succeeded", "failed", "cancelled", "wire_bytes", "body_bytes")
 COUNTS = {name: [1] for name in COUNTED}
+
+
+BATCHES = {"ids": [uuid4() for _ in range(20)]}
 
 
 def many_hosts(count: int) -> dict[str, list[Any]]:
@@ -97,7 +117,18 @@ STATEMENTS: list[tuple[str, TextClause, Mapping[str, Any]]] = [
     ("give back", queue.GIVE_BACK, {**JOB, "errors": [None], "details": [None]}),
     ("rescue", queue.RESCUE, {**HOST, "leased": [True], "suspect": 2, "accused_s": 5.0, "crashed": "lost"}),
     ("cancel", queue.CANCEL_QUEUED, {"batch_id": uuid4(), "start": 0, "stop": 100}),
+    ("run alone", queue.RUN_ALONE, {"shard": 1, "id": uuid4(), "lease": 1, "attempt": 1}),
+    ("clear of a crash", queue.CLEAR_OF_CRASH, {"shards": [1], "ids": [uuid4()], "attempts": [1]}),
     ("change tallies", tallies.CHANGE, {"shards": [1], "batch_ids": [uuid4()], **COUNTS}),
+    ("find by key", batches.BY_KEY, {"key": "k", "kept_s": 60.0}),
+    ("start batches", batches.START, BATCHES),
+    ("read options", batches.OPTIONS, BATCHES),
+    ("find cancelled", batches.CANCELLED, BATCHES),
+    ("cancel a batch", batches.CANCEL, {"id": uuid4()}),
+    ("finish batches", batches.FINISH, BATCHES),
+    ("find finishable", batches.FINISHABLE, {"limit": 100}),
+    ("find those being cancelled", batches.CANCELLING, {"limit": 100}),
+    *((f"erase the rest ({number})", each, {"batch_id": uuid4()}) for number, each in enumerate(batches.ERASE_REST)),
     ("erase jobs", batches.ERASE_JOBS, {"batch_id": uuid4(), "limit": 100}),
     ("erase bodies", batches.ERASE_BODIES, {"shards": [1], "sha256s": [b"1" * 32]}),
     ("read a batch", reads.ONE_BATCH, {"id": uuid4()}),
@@ -116,6 +147,7 @@ STATEMENTS: list[tuple[str, TextClause, Mapping[str, Any]]] = [
         },
     ),
     ("read a job", reads.ONE_JOB, {"shard": 1, "id": uuid4()}),
+    ("read attempts", reads.ATTEMPTS, {"shard": 1, "id": uuid4()}),
     ("read a body", reads.ONE_BODY, {"shard": 1, "id": uuid4()}),
 ]
 
@@ -123,7 +155,7 @@ STATEMENTS: list[tuple[str, TextClause, Mapping[str, Any]]] = [
 async def test_no_hot_statement_reads_a_whole_table(filled: Sessions) -> None:
     for name, statement, values in STATEMENTS:
         steps = await plan(filled, statement, values)
-        for table in ("job", "host", "tally", "histogram", "body"):
+        for table in ("job", "attempt", "host", "tally", "histogram", "body", "batch"):
             assert f"Seq Scan on {table}" not in steps, f"{name} reads all of {table}:\n{steps}"
 
 
@@ -133,3 +165,16 @@ async def test_the_claim_stays_on_its_indexes(filled: Sessions) -> None:
     steps = await plan(filled, queue.TAKE_JOBS, take)
     assert steps.count("job_claim") >= 2, steps
     assert "job_batch" not in steps
+
+
+async def test_queued_jobs_are_not_all_read_though_the_statistics_are_of_a_quiet_moment(filled: Sessions) -> None:
+    async with filled.begin() as session:
+        await session.execute(text(QUIET))
+    await vacuum(filled)
+    async with filled.begin() as session:
+        await session.execute(text(BUSY))
+    take = {**many_hosts(100), "wanted": [8] * 100, "jobs_max": 100}
+    steps = await plan(filled, queue.TAKE_JOBS, take)
+    assert steps.count("Tid Scan on job") == 2, steps
+    steps = await plan(filled, queue.CANCEL_QUEUED, {"batch_id": uuid4(), "start": 0, "stop": 10_000})
+    assert "job_claim" not in steps
