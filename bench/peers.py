@@ -169,7 +169,7 @@ class Running:
 
 def measure() -> None:
     """Run the comparison and report."""
-    asked = rounds.arguments(__doc__.splitlines()[0], jobs=5_000, peer_jobs=2_000)
+    asked = rounds.arguments(__doc__.splitlines()[0], jobs=10_000, peer_jobs=4_000)
     with ExitStack() as stack:
         folder = stack.enter_context(scratch())
         site = stack.enter_context(nginx(folder))

@@ -31,14 +31,15 @@ LOCK_DUE_HOSTS = text(f"""
     ORDER BY next_at LIMIT :hosts_max FOR UPDATE SKIP LOCKED
 """)
 
-LOCK_HELD_HOSTS = text("""
+LOCKED_IF_HELD = """
     SELECT host.shard, host.host FROM host
     JOIN unnest(CAST(:shards AS smallint[]), CAST(:hosts AS text[]), CAST(:leases AS bigint[]))
         AS held(shard, host, lease)
     ON host.shard = held.shard AND host.host = held.host AND host.lease = held.lease
     WHERE host.owner = :owner
     ORDER BY host.shard, host.host FOR UPDATE OF host
-""")
+"""
+LOCK_HELD_HOSTS = text(LOCKED_IF_HELD)
 
 LEASE_HOSTS = text("""
     UPDATE host SET lease = host.lease + 1, owner = :owner, next_at = now() + make_interval(secs => :lease_s)
@@ -122,15 +123,8 @@ async def is_any_due(session: AsyncSession) -> bool:
     return bool(await session.scalar(IS_ANY_DUE))
 
 
-RENEW = text("""
-    WITH mine AS MATERIALIZED (
-        SELECT host.shard, host.host FROM host
-        JOIN unnest(CAST(:shards AS smallint[]), CAST(:hosts AS text[]), CAST(:leases AS bigint[]))
-            AS held(shard, host, lease)
-        ON host.shard = held.shard AND host.host = held.host AND host.lease = held.lease
-        WHERE host.owner = :owner
-        ORDER BY host.shard, host.host FOR UPDATE OF host
-    )
+RENEW = text(f"""
+    WITH mine AS MATERIALIZED ({LOCKED_IF_HELD})
     UPDATE host SET next_at = now() + make_interval(secs => :lease_s)
     FROM mine WHERE host.shard = mine.shard AND host.host = mine.host
     RETURNING host.shard, host.host
