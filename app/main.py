@@ -163,9 +163,7 @@ def _keep_loop_free() -> None:
 
 def _stop_as_told(settings: Settings, api: FastAPI, server: "_Server", workers: Processes) -> None:
     if not server.should_exit:
-        with suppress(OSError):  # whoever read it may be gone, and that must not keep the service from stopping
-            sys.stdout.write(f"Finishing what runs, at most {settings.drain_grace_s:g} s. Once more stops at once.\n")
-            sys.stdout.flush()
+        _say(f"Finishing what runs, at most {settings.drain_grace_s:g} s. Once more stops at once.\n")
     _stop(api, server, workers)
 
 
@@ -236,14 +234,23 @@ def _greet(settings: Settings, port: int) -> None:
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "") else "::1" if settings.host == "::" else settings.host
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     token = '-H "Authorization: Bearer $FETCHPOOL_API_TOKEN" ' if settings.api_token else ""
-    sys.stdout.write(
+    _say(
         f"Fetchpool {__version__} is ready.\n\n"
         f"  Docs:    {url}/docs\n"
         f"  Try it:  curl -g {url}/v1/batches {token}"
         """-H 'Content-Type: application/json' -d '{"urls": ["https://example.com/"]}'\n\n"""
         "Stop it with Ctrl-C.\n"
     )
-    sys.stdout.flush()
+
+
+def _say(text: str) -> None:
+    """Write to standard output; whoever read it may be gone, and that must not keep the service from its work."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError:
+        # What is left in the buffer would fail once more at the end, and with it the exit code.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # One worker
@@ -287,10 +294,7 @@ def _settle_down() -> None:
 
 
 def _greet_worker(settings: Settings) -> None:
-    sys.stdout.write(
-        f"Fetchpool {__version__}: this worker is ready, with {settings.slots} slots.\nStop it with Ctrl-C.\n"
-    )
-    sys.stdout.flush()
+    _say(f"Fetchpool {__version__}: this worker is ready, with {settings.slots} slots.\nStop it with Ctrl-C.\n")
 
 
 def _identity(settings: Settings) -> Identity:

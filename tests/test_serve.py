@@ -260,4 +260,5 @@ async def test_a_service_stops_though_nobody_reads_what_it_says(data_dir: Path) 
     async with serving(data_dir) as service:
         transport = service.process._transport.get_pipe_transport(1)  # type: ignore[attr-defined]
         transport.close()
+        await asyncio.sleep(0)  # it closes in the next turn of the loop
         assert await service.stop() == 0

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.api import batches
 from app.api.security import Outermost
-from app.jobs import database, queue
+from app.jobs import database, hints
 from app.jobs.database import make_engine, make_sessions
 from tests.api.conftest import AppMaker, calling
 from tests.databases import connect
@@ -168,7 +168,7 @@ async def test_workers_that_cannot_be_woken_change_nothing(
     async def away(*_: object) -> None:
         raise ConnectionRefusedError
 
-    monkeypatch.setattr(queue, "notify", away)
+    monkeypatch.setattr(hints, "give", away)
     response = await api.post("/v1/batches", json={"urls": ["https://example.com/"]})
     assert response.status_code == 202
 
