@@ -63,6 +63,14 @@ async def test_two_fetches_to_a_host_are_a_delay_apart(service: Service) -> None
     assert min(pauses) > 0.15
 
 
+async def test_a_fetch_after_a_long_delay_does_not_wait_for_the_one_before(service: Service) -> None:
+    async with serving() as site, service.worker(host_delay_s=2.5):
+        batch_id = await service.submit(site.url("/held/1"), site.url("/held/2"))
+        await until(lambda: site.now_count == 2)
+        site.gate.set()
+        assert (await service.finished(batch_id)).counts.succeeded == 2
+
+
 async def test_a_failing_job_is_tried_again_and_tells_of_each_attempt(service: Service) -> None:
     answers = iter([500, 502, 200])
     async with serving(lambda _: (next(answers), {}, b"")) as site, service.worker():
