@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
     browser.CHROMIUM is None or browser.CHROMEDRIVER is None, reason="needs chromium and chromedriver on the PATH"
 )
 
+EXAMPLE = "return document.querySelector('#operations-Batches-createBatch textarea')?.value;"
 SENT = (
     "return document.querySelector('#operations-Batches-createBatch .live-responses-table tbody .response-col_status')"
 )
@@ -51,6 +52,7 @@ def send_example(window: Browser, url: str) -> tuple[str, list[str]]:
     window.requested()
     window.open(url)
     window.click("#operations-Batches-createBatch .opblock-summary-control")
+    window.wait_for(EXAMPLE)
     window.click("#operations-Batches-createBatch .execute")
     answer = window.wait_for(f"{SENT}?.innerText;")
     filled = []
@@ -70,6 +72,7 @@ async def test_the_page_sends_the_token_it_is_given(window: Browser, make_app: A
 def send_with_token(window: Browser, url: str) -> tuple[str, str]:
     window.open(url)
     window.click("#operations-Batches-createBatch .opblock-summary-control")
+    window.wait_for(EXAMPLE)
     window.click("#operations-Batches-createBatch .execute")
     before = window.wait_for(f"{SENT}?.innerText;")
     window.click(".auth-wrapper .authorize")
