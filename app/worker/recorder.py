@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from app.jobs import batches, database, leases, queue
 from app.jobs.database import DATABASE_ERRORS, Sessions, is_refused_value
@@ -40,6 +41,7 @@ class Recorder:
         self._back_offs: dict[tuple[int, str], BackOff] = {}
         self._bytes = 0
         self._arrived = asyncio.Event()
+        self._hurried = asyncio.Event()
         self._flushed_at = 0.0
         self.dropped_count = 0
         """Results that came after their leases."""
@@ -65,6 +67,10 @@ class Recorder:
         self._back_offs[back_off.lease.shard, back_off.lease.host] = back_off
         self._arrived.set()
 
+    def hurry(self) -> None:
+        """Store at once what is there: no more is on its way."""
+        self._hurried.set()
+
     async def run(self) -> None:
         """Store what arrives, for ever."""
         while True:
@@ -73,14 +79,17 @@ class Recorder:
             await self._flush()
 
     async def _gather(self) -> None:
-        """Wait a moment after the last flush, and longer while many come; what comes alone is stored at once."""
+        """Wait a moment after the last flush, longer while many come; what comes alone or last is stored at once."""
         pause_s = self._flushed_at + FLUSH_PAUSE_S - time.monotonic()
         until_at = self._flushed_at + FLUSH_PAUSE_S_MAX
-        while pause_s > 0 and not self._has_plenty:
+        while pause_s > 0 and not (self._has_plenty or self._hurried.is_set()):
             count = len(self._results)
-            await asyncio.sleep(pause_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._hurried.wait()
             more_come = len(self._results) >= count + MORE_MIN
             pause_s = min(MORE_PAUSE_S, until_at - time.monotonic()) if more_come else 0.0
+        self._hurried.clear()
 
     @property
     def _has_plenty(self) -> bool:

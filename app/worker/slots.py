@@ -78,6 +78,7 @@ class Slots:
         self.waiting_count += len(jobs)
         self.unknown |= {job.batch_id for job in jobs} - self._options.keys()
         self._make_ready(hold)
+        self._hurry_the_last()
 
     def learn_options(self, learned: Mapping[UUID, dict[str, Any]]) -> None:
         """Take the options of unknown batches in; their jobs may start."""
@@ -253,6 +254,12 @@ class Slots:
         self.start_ready()
         if not self.is_full:
             self._wake()
+        self._hurry_the_last()
+
+    def _hurry_the_last(self) -> None:
+        """Once nothing runs here, waits, or is known to come, results need not wait for more of them."""
+        if not (self.running_count or self.waiting_count) and all(hold.is_dry for hold in self._holds.values()):
+            self._recorder.hurry()
 
     def _settle_cancelled(self, hold: Hold, job: ClaimedJob) -> None:
         """This worker cancelled the fetch: for the client, because the lease is lost, or at the end of the grace."""
