@@ -125,9 +125,10 @@ async def _take(service: Service, case: Case, jobs: int) -> Sample:
     """Measure while so many jobs are done, from when the workers have warmed up."""
     database = await asyncpg.connect(service.database_url)
     done_before = await _wait_until_done(database, await _done(database) + WARM_UP)
-    since, cpu_before, at = await _now(database), service.cpu_s(), time.perf_counter()
+    looking = database.get_server_pid()
+    since, cpu_before, at = await _now(database), service.cpu_s(without=looking), time.perf_counter()
     count = await _wait_until_done(database, done_before + jobs) - done_before
-    wall_s, cpu_after, until = time.perf_counter() - at, service.cpu_s(), await _now(database)
+    wall_s, cpu_after, until = time.perf_counter() - at, service.cpu_s(without=looking), await _now(database)
     case.moves.append(await _moves(database, since, until))
     await database.close()
     spent = {part: cpu_after[part] - cpu_before[part] for part in cpu_after}

@@ -97,9 +97,9 @@ class Service:
             response = connection.getresponse()
             return response.status, json.loads(response.read() or b"null")
 
-    def cpu_s(self) -> dict[str, float]:
-        """CPU seconds so far of all its processes, by part."""
-        return usage.tree_cpu_s(self.process.pid)
+    def cpu_s(self, *, without: int | None = None) -> dict[str, float]:
+        """CPU seconds so far of all its processes, by part, but for the one `without`."""
+        return usage.tree_cpu_s(self.process.pid, without=without)
 
     def peak_bytes(self) -> dict[str, int]:
         """The most memory that its processes had so far, by part; what they share is counted for each."""

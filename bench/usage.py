@@ -23,10 +23,15 @@ class Reading:
     bench_s: float
 
 
-def tree_cpu_s(pid: int) -> dict[str, float]:
-    """CPU seconds so far of a process and all its descendants by part, those included that have ended."""
+def tree_cpu_s(pid: int, *, without: int | None = None) -> dict[str, float]:
+    """CPU seconds so far of a process and all its descendants by part, those included that have ended.
+
+    `without` one of them, which does the measuring's own work.
+    """
     spent: dict[str, float] = defaultdict(float)
     for process in tree(pid):
+        if process.pid == without:
+            continue
         try:
             times, part = process.cpu_times(), _part(process.name())
         except psutil.NoSuchProcess:  # its parent has its time from now on
