@@ -99,17 +99,22 @@ async def find_cancelled(session: AsyncSession, ids: Collection[UUID]) -> set[UU
     return {row.id for row in await session.execute(CANCELLED, {"ids": list(ids)})}
 
 
+# Mostly there is nothing to finish: batches that wait at many hosts are asked about with nearly every result. So it
+# first looks without locks, up to the first tally with work left (LIMIT: joined, it read all tallies of each batch).
+# Once nothing is left, nothing comes any more: what was found is not to be asked again under the lock.
 FINISH = text("""
     WITH chosen AS MATERIALIZED (
-        SELECT id FROM batch WHERE id = ANY(CAST(:ids AS uuid[])) AND finished_at IS NULL ORDER BY id FOR UPDATE
-    ), counted AS MATERIALIZED (
-        SELECT tally.batch_id, sum(queued + running) AS unfinished
-        FROM tally JOIN chosen ON tally.batch_id = chosen.id GROUP BY tally.batch_id
+        SELECT id FROM batch WHERE id = ANY(CAST(:ids AS uuid[])) AND finished_at IS NULL AND (
+            SELECT true FROM tally WHERE tally.batch_id = batch.id AND tally.queued + tally.running > 0 LIMIT 1
+        ) IS NULL
+    ), locked AS MATERIALIZED (
+        SELECT batch.id FROM chosen JOIN batch ON batch.id = chosen.id
+        WHERE batch.finished_at IS NULL ORDER BY batch.id FOR UPDATE OF batch
     )
     UPDATE batch SET
         status = CASE WHEN cancel_requested_at IS NULL THEN 'completed' ELSE 'cancelled' END,
         started_at = coalesce(started_at, now()), finished_at = now()
-    FROM counted WHERE batch.id = counted.batch_id AND counted.unfinished = 0 AND batch.finished_at IS NULL
+    FROM locked WHERE batch.id = locked.id AND batch.finished_at IS NULL
     RETURNING batch.id
 """)
 

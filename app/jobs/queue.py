@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.jobs import leases, tallies
 from app.jobs.ids import new_job_ids, shard_of_hash
-from app.jobs.leases import OLDEST_UNFINISHED, WAITING_BATCHES
+from app.jobs.leases import NEWEST_BATCH, OLDEST_UNFINISHED, WAITING_BATCHES
 from app.jobs.tallies import Change, HistogramKey
 from app.jobs.values import (
     CRASHES_OF_SUSPECT,
@@ -35,8 +35,12 @@ from app.outcome import SAFE_METHODS
 INSERT_ROWS_MAX = 1_000
 """Rows of one INSERT: enough to be fast, few enough not to hold an event loop for long."""
 
+BATCHES_PER_TURN_MIN = 8
 BATCHES_PER_TURN_MAX = 100
-"""Batches of one host with jobs due among which a claim shares these out; older ones first."""
+TURNS_PER_WIDE = 8
+"""A claim shares a host out among the oldest batches with jobs due, as many as it wants jobs but at least eight, and
+the newest. Once in so many times it takes as many at random of the first hundred, so that none of these waits for the
+others to end. It looks at no more, for each of them costs it what a job does."""
 
 ACCUSED_S_MIN = 5.0
 """Shortest time that a worker lost with a suspect has to be heard of again: it may have slept, and be reconnecting."""
@@ -149,16 +153,25 @@ def _repeatables(options: dict[str, Any], methods: list[str | None]) -> list[boo
 # each of 10,000 jobs instead of 0.14. A row that somebody moves meanwhile is passed over, like a locked one.
 TAKE_JOBS = text(f"""
     WITH turn AS MATERIALIZED (
-        SELECT * FROM unnest(
+        SELECT t.*, s.sharing,
+            CASE WHEN random() * {TURNS_PER_WIDE} < 1 THEN {BATCHES_PER_TURN_MAX} ELSE s.sharing END AS reach
+        FROM unnest(
             CAST(:shards AS smallint[]), CAST(:hosts AS text[]), CAST(:leases AS bigint[]), CAST(:wanted AS int[])
         ) AS t(shard, host, lease, wanted)
+        CROSS JOIN LATERAL (
+            SELECT least(greatest(wanted, {BATCHES_PER_TURN_MIN}), {BATCHES_PER_TURN_MAX}) AS sharing
+        ) AS s
     ), picked AS MATERIALIZED (
         SELECT due.place, turn.shard, due.id, turn.lease
         FROM turn CROSS JOIN LATERAL (
             SELECT due.place, due.id
             FROM (
-                SELECT batch_id, run_at AS since FROM ({WAITING_BATCHES}) AS waits
-                WHERE run_at <= now() LIMIT {BATCHES_PER_TURN_MAX}
+                (SELECT batch_id, run_at AS since FROM (
+                    SELECT batch_id, run_at FROM ({WAITING_BATCHES}) AS waits WHERE run_at <= now() LIMIT turn.reach
+                ) AS reached
+                ORDER BY random() LIMIT turn.sharing)
+                UNION
+                (SELECT batch_id, run_at FROM ({NEWEST_BATCH}) AS waits WHERE run_at <= now())
             ) AS sharing
             CROSS JOIN LATERAL (
                 SELECT place, id, row_number() OVER (ORDER BY run_at) AS number FROM (

@@ -29,6 +29,7 @@ BACKEND_WAL_SINCE = 180_000
 
 FLUSH = text("SELECT pg_stat_force_next_flush()")
 ROWS = text("SELECT sum(n_tup_ins + n_tup_upd + n_tup_del) FROM pg_stat_user_tables")
+INDEX = text("SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelname = :index")
 WAL = text("SELECT wal_bytes FROM pg_stat_get_backend_wal(pg_backend_pid())")
 
 
@@ -69,6 +70,13 @@ class Meter:
         statement_count = self._statement_count
         rows_after, wal_bytes_after = await self._read()
         return Cost(statement_count / jobs, (rows_after - rows) / jobs, (wal_bytes_after - wal_bytes) / jobs)
+
+    async def looks(self, index: str) -> int:
+        """Return how often an index was searched so far."""
+        async with self._engine.begin() as connection:
+            await connection.execute(FLUSH)
+        async with self._engine.begin() as connection:
+            return int(await connection.scalar(INDEX, {"index": index}) or 0)
 
     async def is_able(self) -> bool:
         async with self._engine.begin() as connection:
@@ -124,6 +132,23 @@ async def test_a_job_costs_the_store_no_more_than_it_did(meter: Meter) -> None:
         done.append(await meter.measure(lambda: run(meter)))
     assert least(submitted) <= SUBMITTED_MAX
     assert least(done) <= DONE_MAX
+
+
+MANY = 100
+LOOKS_PER_JOB_MAX = 8.0
+"""Measured 3 to 5, by how many turns chance has look at all batches; each turn that looks at a hundred costs 25."""
+
+
+async def test_a_claim_looks_at_few_of_many_batches(meter: Meter) -> None:
+    client, worker = Client(meter.sessions), Worker(meter.sessions)
+    for _ in range(MANY):
+        await client.submit(*(f"h{number}" for number in range(HOSTS)))
+    before = await meter.looks("job_claim")
+    claimed = await worker.claim()
+    after = await meter.looks("job_claim")
+    count = sum(len(jobs) for jobs in claimed.values())
+    assert count == 8 * HOSTS
+    assert (after - before) / count <= LOOKS_PER_JOB_MAX
 
 
 async def test_a_poll_is_one_statement_and_writes_nothing(meter: Meter) -> None:

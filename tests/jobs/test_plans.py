@@ -167,6 +167,13 @@ async def test_the_claim_stays_on_its_indexes(filled: Sessions) -> None:
     assert "job_batch" not in steps
 
 
+async def test_a_finish_reads_tallies_up_to_the_first_with_work_left(filled: Sessions) -> None:
+    """Found one by one: most batches that are asked about have many more tallies, and work left in most of them."""
+    steps = await plan(filled, batches.FINISH, BATCHES)
+    assert "Index Scan using tally_batch on tally" in steps, steps
+    assert "Bitmap" not in steps
+
+
 async def test_queued_jobs_are_not_all_read_though_the_statistics_are_of_a_quiet_moment(filled: Sessions) -> None:
     async with filled.begin() as session:
         await session.execute(text(QUIET))

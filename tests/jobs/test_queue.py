@@ -134,6 +134,37 @@ async def test_batches_take_turns_at_a_host(client: Client, worker: Worker) -> N
     assert [sum(job.batch_id == batch_id for job in jobs) for batch_id in (first, second)] == [5, 5]
 
 
+async def test_a_new_batch_has_its_turn_however_many_older_ones_wait(client: Client, worker: Worker) -> None:
+    for _ in range(queue.BATCHES_PER_TURN_MAX + 1):
+        await client.submit("h", "h")
+    newest = await client.submit("h", "h")
+    lease, jobs = await worker.claim_one()
+    for _ in range(9):
+        jobs += await worker.refill(lease, 8)
+    assert newest in {job.batch_id for job in jobs}
+
+
+async def test_none_of_many_batches_waits_for_the_others_to_end(
+    client: Client, worker: Worker, sessions: Sessions
+) -> None:
+    waiting = {await client.submit(*["h"] * 9) for _ in range(20)}
+    lease, _ = await worker.claim_one()
+    served: set[UUID] = set()
+    for _ in range(1_000):
+        async with sessions() as session:  # taken back, so that each turn finds what the one before it found
+            served |= {job.batch_id for job in await queue.refill(session, worker.id, [(lease, 8)], jobs_max=8)}
+        if served == waiting:
+            return
+    raise AssertionError(f"{len(waiting - served)} batches never had a turn")
+
+
+async def test_a_cancelled_batch_has_no_turn_though_it_is_the_newest(client: Client, worker: Worker) -> None:
+    kept = await client.submit(*["h"] * 4)
+    await client.cancel(await client.submit(*["h"] * 4))
+    _, jobs = await worker.claim_one()
+    assert [job.batch_id for job in jobs] == [kept] * 4
+
+
 async def test_a_refill_stays_within_the_lease(client: Client, worker: Worker, sessions: Sessions) -> None:
     await client.submit(*["h"] * 20)
     lease, first = await worker.claim_one()
