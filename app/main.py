@@ -37,8 +37,9 @@ from app.fetch.limits import Limits
 from app.fetch.policy import Policy
 from app.fetch.resolver import Resolver
 from app.fetch.transport import Transport
-from app.jobs import embedded, hints
+from app.jobs import embedded
 from app.jobs.database import Sessions, make_engine, make_readers, make_sessions, migrate
+from app.jobs.hints import Listener
 from app.jobs.silence import watching
 from app.jobs.workers import Identity
 from app.listening import bound_socket, check_exposure, let_in, own_addresses
@@ -259,13 +260,16 @@ def _say(text: str) -> None:
 async def _work_until_stopped(settings: Settings, transport: Transport, *, of_a_service: bool) -> None:
     engine = make_engine(_database_url(settings), pgbouncer=settings.pgbouncer, pool_size=WORKER_CONNECTIONS)
     sessions, readers = make_sessions(engine), _make_readers(engine, settings)
+    listener = Listener()
     pool = Pool(
         sessions=sessions,
         readers=readers,
         transport=transport,
+        listener=listener,
         identity=_identity(settings),
         settings=_pool_settings(settings),
     )
+    upkeep = Upkeep(sessions, readers=readers, listener=listener, lease_s=settings.lease_s)
     stops = itertools.chain([pool.drain], itertools.repeat(pool.stop))
     _on_signal(lambda: next(stops)())
     if of_a_service:
@@ -274,9 +278,9 @@ async def _work_until_stopped(settings: Settings, transport: Transport, *, of_a_
         _greet_worker(settings)
     try:
         async with _watched(engine, settings), asyncio.TaskGroup() as group:
-            beside = [group.create_task(Upkeep(sessions, readers=readers, lease_s=settings.lease_s).run())]
+            beside = [group.create_task(upkeep.run())]
             if not settings.pgbouncer:
-                beside.append(group.create_task(hints.hear(_database_url(settings), pool.wake)))
+                beside.append(group.create_task(listener.hear(_database_url(settings), pool.wake, upkeep.wake)))
             _settle_down()
             await pool.run()
             for task in beside:

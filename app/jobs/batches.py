@@ -4,6 +4,7 @@ Functions take a session and never commit. The jobs themselves change in `queue`
 """
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any, Literal
 from uuid import UUID
 
@@ -231,3 +232,23 @@ async def erase(session: AsyncSession, batch_id: UUID, *, limit: int) -> int:
         await session.execute(LOCK_BODIES, keys)
         await session.execute(ERASE_BODIES, keys)
     return len(rows)
+
+
+# By the first of each in order, so that it stays on their indexes, whatever the statistics say.
+CHORES = text("""
+    SELECT (SELECT id FROM batch WHERE finished_at IS NULL ORDER BY id LIMIT 1) IS NOT NULL AS has_unfinished,
+        (SELECT id FROM batch WHERE deleted_at IS NOT NULL ORDER BY id LIMIT 1) IS NOT NULL AS has_deleted
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class Chores:
+    """Whether there are batches that upkeep may have something to do for."""
+
+    has_unfinished: bool
+    has_deleted: bool
+
+
+async def find_chores(session: AsyncSession) -> Chores:
+    """Say in one statement whether some batch is unfinished, and whether one waits to be erased."""
+    return Chores(**(await session.execute(CHORES)).mappings().one())

@@ -1,4 +1,4 @@
-"""Hints of new work, by NOTIFY. They may be lost: polling finds the work all the same, a second later at most."""
+"""Hints of new work, by NOTIFY. They may be lost: polling finds the work all the same, five seconds later at most."""
 
 import asyncio
 from collections.abc import Callable
@@ -19,22 +19,38 @@ async def give(session: AsyncSession) -> None:
     await session.execute(text("SELECT pg_notify(:channel, '')"), {"channel": CHANNEL})
 
 
-async def hear(url: str, wake: Callable[[], None]) -> None:
-    """Call `wake` at every hint, for ever, over a connection of its own; not through PgBouncer, which has no LISTEN."""
-    while True:
-        with suppress(*DATABASE_ERRORS):
-            await _hear_until_lost(url, wake)
-        await asyncio.sleep(LISTEN_AGAIN_S)
+class Listener:
+    """One worker's ear for hints. `is_hearing`: a hint given now would arrive, so that polls may be rare."""
 
+    def __init__(self) -> None:
+        self.is_hearing = False
 
-async def _hear_until_lost(url: str, wake: Callable[[], None]) -> None:
-    """Ask now and then whether the connection lives: one that died silently would just never hint again."""
-    connection = await connect(url)
-    try:
-        await connection.add_listener(CHANNEL, lambda *_: wake())
-        wake()
+    async def hear(self, url: str, *wakes: Callable[[], None]) -> None:
+        """Call `wakes` at every hint, and when hearing begins or ends, for ever, over a connection of its own.
+
+        Not through PgBouncer, which has no LISTEN.
+        """
+
+        def wake_all(*_: object) -> None:
+            for wake in wakes:
+                wake()
+
         while True:
-            await asyncio.sleep(ASK_S)
-            await connection.execute("SELECT 1")
-    finally:
-        connection.terminate()
+            with suppress(*DATABASE_ERRORS):
+                await self._hear_until_lost(url, wake_all)
+            await asyncio.sleep(LISTEN_AGAIN_S)
+
+    async def _hear_until_lost(self, url: str, wake_all: Callable[..., None]) -> None:
+        """Ask now and then whether the connection lives: one that died silently would just never hint again."""
+        connection = await connect(url)
+        try:
+            await connection.add_listener(CHANNEL, wake_all)
+            self.is_hearing = True
+            wake_all()
+            while True:
+                await asyncio.sleep(ASK_S)
+                await connection.execute("SELECT 1")
+        finally:
+            self.is_hearing = False
+            wake_all()
+            connection.terminate()

@@ -127,14 +127,15 @@ async def release(session: AsyncSession, owner: UUID, rests_s: Mapping[Lease, fl
 
 
 # In order, so that it stays on the index even when most hosts are due.
-IS_ANY_DUE = text("""
-    SELECT true FROM host WHERE next_at <= now() AND next_at < 'infinity' ORDER BY next_at LIMIT 1
+NEXT_DUE = text("""
+    SELECT extract(epoch FROM next_at - now())::float8 FROM host WHERE next_at < 'infinity' ORDER BY next_at LIMIT 1
 """)
 
 
-async def is_any_due(session: AsyncSession) -> bool:
-    """Say whether some host waits to be claimed."""
-    return bool(await session.scalar(IS_ANY_DUE))
+async def find_next_due_s(session: AsyncSession) -> float:
+    """Return in how many seconds a host may next be claimed: 0 when one is due, infinity when all are parked."""
+    due_s = await session.scalar(NEXT_DUE)
+    return float("inf") if due_s is None else max(0.0, due_s)
 
 
 RENEW = text(f"""

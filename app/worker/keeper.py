@@ -99,7 +99,7 @@ class Keeper:
         if not over:
             return
         async with self._sessions.begin() as session:
-            others_wait = await leases.is_any_due(session)
+            others_wait = await leases.find_next_due_s(session) == 0
         for hold in over:
             hold.is_ending = others_wait
             hold.begin_turn(now)

@@ -16,6 +16,7 @@ from app.fetch.limits import Limits
 from app.fetch.transport import Transport
 from app.jobs import batches, database, leases, queue, workers
 from app.jobs.database import DATABASE_ERRORS, Sessions
+from app.jobs.hints import Listener
 from app.jobs.values import ClaimedJob, Lease, Result
 from app.jobs.workers import Identity
 from app.worker.holds import Holds
@@ -25,6 +26,8 @@ from app.worker.slots import Slots
 
 POLL_S = 1.0
 """Longest pause between two looks for work; a random part of it is left out, so that workers do not look together."""
+REST_S = 5.0
+"""The same while hints are heard and no host anywhere has work: the longest that a lost hint keeps a job waiting."""
 STEP_PAUSE_S = 0.005
 """Shortest pause between two steps: each fetch that ends may ask for one."""
 FULL_PAUSE_S = 0.1
@@ -65,11 +68,13 @@ class Pool:
         sessions: Sessions,
         readers: Sessions,
         transport: Transport,
+        listener: Listener,
         identity: Identity,
         settings: PoolSettings,
     ) -> None:
         self._sessions = sessions
         self._readers = readers
+        self._listener = listener
         self._identity = identity
         self._settings = settings
         self._woken = asyncio.Event()
@@ -95,6 +100,7 @@ class Pool:
         self._drain_by: float | None = None
         self._claimed_at = self._asked_at = self._looked_at = self._beat_at = float("-inf")
         self._may_claim_at = 0.0
+        self._is_hinted = self._is_all_parked = False
         self._dropped_told = 0
 
     async def run(self) -> None:
@@ -112,6 +118,7 @@ class Pool:
 
     def wake(self) -> None:
         """Look for work now: there may be some."""
+        self._is_hinted = True
         self._may_claim_at = min(self._may_claim_at, self._claimed_at + CLAIM_PAUSE_S)
         self._look_again()
         self._woken.set()
@@ -155,7 +162,7 @@ class Pool:
     async def _pause(self) -> None:
         await asyncio.sleep(STEP_PAUSE_S)
         now = time.monotonic()
-        pause_s = POLL_S * random.uniform(0.5, 1.0)
+        pause_s = min(self._poll_s(), self._beat_at + BEAT_S - now)
         if self._has_room():
             pause_s = min(pause_s, self._may_claim_at - now)
         if self._drain_by is not None and now < self._drain_by:
@@ -168,6 +175,10 @@ class Pool:
             async with asyncio.timeout(pause_s):
                 await self._woken.wait()
         self._woken.clear()
+
+    def _poll_s(self) -> float:
+        is_at_rest = self._is_all_parked and self._listener.is_hearing and self._drain_by is None
+        return (REST_S if is_at_rest else POLL_S) * random.uniform(0.5, 1.0)
 
     def _is_drained(self) -> bool:
         """Nothing is held any more, or the database has been away for so long that the leases end by themselves."""
@@ -196,13 +207,18 @@ class Pool:
         if now < self._may_claim_at or room <= 0 or self._recorder.is_full:
             return
         settings = self._settings
+        self._is_hinted = False
         # at rest: finding nothing takes one round trip like this, and three by a claim
-        is_due = bool(self._holds) or await self._is_any_due()
-        claimed = await self._claim_due(room) if is_due else {}
-        # Another worker's claim may just now have locked all that is due, only to leave most of it.
-        is_due = bool(claimed) or (is_due and await self._is_any_due())
+        due_s = 0.0 if self._holds else await self._find_next_due_s()
+        claimed = await self._claim_due(room) if due_s <= 0 else {}
+        if due_s <= 0 and not claimed:
+            # Another worker's claim may just now have locked all that is due, only to leave most of it.
+            due_s = await self._find_next_due_s()
         self._claimed_at = time.monotonic()
-        self._may_claim_at = self._claimed_at + (CLAIM_PAUSE_S if is_due else POLL_S * random.uniform(0.5, 1.0))
+        self._is_all_parked = due_s == float("inf")
+        # a hint that came meanwhile may be of what was not there yet
+        pause_s = 0.0 if self._is_hinted else min(due_s, self._poll_s())
+        self._may_claim_at = self._claimed_at + max(CLAIM_PAUSE_S, pause_s)
         was_cut = sum(len(jobs) for jobs in claimed.values()) >= room
         for lease, jobs in claimed.items():
             hold = self._keeper.hold(lease, now, concurrency=settings.host_concurrency, delay_s=settings.host_delay_s)
@@ -221,9 +237,9 @@ class Pool:
                 lease_s=settings.lease_s,
             )
 
-    async def _is_any_due(self) -> bool:
+    async def _find_next_due_s(self) -> float:
         async with self._readers() as session:
-            return await leases.is_any_due(session)
+            return await leases.find_next_due_s(session)
 
     async def _refill(self) -> None:
         now = time.monotonic()

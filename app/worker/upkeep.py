@@ -6,15 +6,22 @@ Every worker does it, none is needed for it: each step is safe to run anywhere, 
 import asyncio
 import logging
 import random
+import time
+from contextlib import suppress
 
 from app.jobs import batches, database, hosts, queue
+from app.jobs.batches import Chores
 from app.jobs.database import DATABASE_ERRORS, Sessions
+from app.jobs.hints import Listener
 
 PAUSE_S = 1.0
-FINISH_EVERY = 5
-"""Rounds between two looks for batches to finish or erase."""
-SWEEP_EVERY = 15
-"""Rounds between two looks for stranded jobs and for hosts to forget."""
+"""Between two rounds."""
+REST_S = 4.0
+"""At most added to it while there is no batch to follow up and hints are heard; the hint of a new batch ends it."""
+FINISH_EVERY_S = 5.0
+"""Between two looks for batches to finish or erase."""
+SWEEP_EVERY_S = 15.0
+"""Between two looks for stranded jobs and for hosts to forget."""
 BATCHES_PER_ROUND_MAX = 1_000
 CANCEL_CHUNK = 10_000
 ERASE_CHUNK = 2_000
@@ -26,30 +33,63 @@ logger = logging.getLogger(__name__)
 class Upkeep:
     """A loop beside the pool."""
 
-    def __init__(self, sessions: Sessions, *, readers: Sessions, lease_s: float) -> None:
+    def __init__(self, sessions: Sessions, *, readers: Sessions, listener: Listener, lease_s: float) -> None:
         self._sessions = sessions
         self._readers = readers
+        self._listener = listener
         self._lease_s = lease_s
+        self._woken = asyncio.Event()
+        self._is_resting = False
+        now = time.monotonic()
+        self._finish_at = now + random.uniform(0, FINISH_EVERY_S)
+        self._sweep_at = now + random.uniform(0, SWEEP_EVERY_S)
 
     async def run(self) -> None:
         """Keep the store in order, for ever."""
-        number = random.randrange(SWEEP_EVERY)
         while True:
-            await asyncio.sleep(PAUSE_S * random.uniform(0.75, 1.25))
-            number += 1
+            await self._pause()
             try:
-                await self._round(number)
+                await self._round()
             except DATABASE_ERRORS as error:
                 database.log_failure(logger, "Upkeep waits for the database", error)
 
-    async def _round(self, number: int) -> None:
-        await self._cancel_batches()
-        if number % FINISH_EVERY == 0:
+    def wake(self) -> None:
+        """End a rest: there may be a batch that is not finished."""
+        self._woken.set()
+
+    async def _pause(self) -> None:
+        await asyncio.sleep(PAUSE_S * random.uniform(0.75, 1.25))
+        if self._is_resting and self._listener.is_hearing:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(REST_S * random.uniform(0.5, 1.0)):
+                    await self._woken.wait()
+        self._woken.clear()
+
+    async def _round(self) -> None:
+        self._is_resting = False
+        async with self._readers() as session:
+            chores = await batches.find_chores(session)
+        if chores.has_unfinished:
+            await self._cancel_batches()
+        now = time.monotonic()
+        if now >= self._finish_at:
+            await self._finish_and_erase(chores)
+            self._finish_at = now + FINISH_EVERY_S
+        if now >= self._sweep_at:
+            await self._sweep(chores)
+            self._sweep_at = now + SWEEP_EVERY_S
+        self._is_resting = not (chores.has_unfinished or chores.has_deleted)
+
+    async def _finish_and_erase(self, chores: Chores) -> None:
+        if chores.has_unfinished:
             await self._finish_batches()
+        if chores.has_deleted:
             await self._erase_batches()
-        if number % SWEEP_EVERY == 0:
+
+    async def _sweep(self, chores: Chores) -> None:
+        if chores.has_unfinished:
             await self._rescue_stranded()
-            await self._forget_hosts()
+        await self._forget_hosts()
 
     async def _cancel_batches(self) -> None:
         """Cancel what is still in the queue of cancelled batches, chunk by chunk."""

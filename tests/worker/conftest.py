@@ -17,11 +17,13 @@ from app.fetch.resolver import Resolver
 from app.fetch.transport import Transport
 from app.jobs import queue, reads
 from app.jobs.database import Sessions
+from app.jobs.hints import Listener
 from app.jobs.ids import new_batch_id
 from app.jobs.values import NewBatch, NewJobs
 from app.jobs.workers import Identity
 from app.worker.pool import Pool, PoolSettings
 from app.worker.upkeep import Upkeep
+from tests.waiting import until
 
 POLICY = Policy(allow_networks=(ip_network("127.0.0.0/8"),))
 
@@ -46,32 +48,37 @@ class Service:
     sessions: Sessions
 
     @asynccontextmanager
-    async def worker(self, **changes: Any) -> AsyncIterator[Pool]:
-        """Run one worker; it is stopped without grace at the end."""
+    async def worker(self, *, hears_at: str | None = None, **changes: Any) -> AsyncIterator[Pool]:
+        """Run one worker, hearing hints of the database `hears_at`; it is stopped without grace at the end."""
         resolver = Resolver()
         transport = Transport(policy=POLICY, resolver=resolver, user_agent="Fetchpool tests")
         identity = Identity(id=uuid4(), machine="test", pid=os.getpid(), version="0", slots=100)
         values = {"slots": 20, "host_concurrency": 4, "host_delay_s": 0.0, "lease_s": 30.0, "drain_grace_s": 10.0}
         settings = PoolSettings(limits=LIMITS, **{**values, **changes})
+        listener = Listener()
         pool = Pool(
             sessions=self.sessions,
             readers=self.sessions,
             transport=transport,
+            listener=listener,
             identity=identity,
             settings=settings,
         )
-        running = [
-            asyncio.create_task(pool.run()),
-            asyncio.create_task(Upkeep(self.sessions, readers=self.sessions, lease_s=settings.lease_s).run()),
-        ]
+        upkeep = Upkeep(self.sessions, readers=self.sessions, listener=listener, lease_s=settings.lease_s)
+        running = asyncio.create_task(pool.run())
+        beside = [asyncio.create_task(upkeep.run())]
+        if hears_at is not None:
+            beside.append(asyncio.create_task(listener.hear(hears_at, pool.wake, upkeep.wake)))
+            await until(lambda: listener.is_hearing)
         try:
             yield pool
         finally:
             pool.stop()
-            await running[0]
-            running[1].cancel()
-            with suppress(asyncio.CancelledError):
-                await running[1]
+            await running
+            for task in beside:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
             await transport.aclose()
             await resolver.aclose()
 
