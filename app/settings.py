@@ -4,9 +4,11 @@ Read from `FETCHPOOL_*` environment variables (and `DATABASE_URL`) or `.env`, by
 them reads a setting that was not handed to it.
 """
 
+import difflib
 import math
 import os
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
@@ -14,12 +16,14 @@ from typing import Annotated, Any, Literal, Self
 
 import platformdirs
 from pydantic import AliasChoices, Field, FilePath, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 Network = IPv4Network | IPv6Network
 
 
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_PREFIX = "FETCHPOOL_"
+_PREFIX_OF_TESTS = "FETCHPOOL_TEST_"
 
 
 class SettingsInvalid(Exception):
@@ -32,6 +36,8 @@ def read_settings(**given: Any) -> "Settings":
     Raises `SettingsInvalid`, whose message never shows the value: it may be a secret.
     """
     try:
+        if unknown := list(_unknown_variables()):
+            raise SettingsInvalid("; ".join(unknown))
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         raise SettingsInvalid("; ".join(_explain(wrong["loc"], wrong["msg"]) for wrong in error.errors())) from None
@@ -41,12 +47,24 @@ def read_settings(**given: Any) -> "Settings":
 
 def variable(field_name: str) -> str:
     """Name the environment variable of a field."""
-    return "DATABASE_URL" if field_name == "database_url" else f"FETCHPOOL_{field_name.upper()}"
+    return "DATABASE_URL" if field_name == "database_url" else f"{_PREFIX}{field_name.upper()}"
 
 
 def _explain(location: tuple[int | str, ...], message: str) -> str:
     reason = message.removeprefix("Value error, ")
     return f"{variable(str(location[0]).lower())} is not usable: {reason}" if location else reason
+
+
+def _unknown_variables() -> Iterator[str]:
+    """Name the variables that look like settings and are none: nearly always slips, which would go unnoticed."""
+    known = {name.removeprefix(_PREFIX): name for name in map(variable, Settings.model_fields)}
+    sources = EnvSettingsSource(Settings), DotEnvSettingsSource(Settings)
+    for name in sorted({name.upper() for source in sources for name in source.env_vars}):
+        if not name.startswith(_PREFIX) or name.startswith(_PREFIX_OF_TESTS) or name in known.values():
+            continue
+        alike = difflib.get_close_matches(name.removeprefix(_PREFIX), known, n=1)
+        remedy = f"did you mean {known[alike[0]]}?" if alike else "unset it; .env.example lists those there are"
+        yield f"{name} is not a setting: {remedy}"
 
 
 def _parts(text: str) -> tuple[str, ...]:
@@ -73,7 +91,7 @@ class Settings(BaseSettings):
     """The settings of one installation; every process of it must be given the same ones."""
 
     model_config = SettingsConfigDict(
-        env_prefix="FETCHPOOL_",
+        env_prefix=_PREFIX,
         env_file=".env",
         env_ignore_empty=True,
         extra="ignore",

@@ -52,6 +52,12 @@ def test_a_bad_setting_is_one_line_that_names_it(tmp_path: Path, command: str) -
     assert done.returncode == 2
 
 
+def test_a_mistyped_setting_is_one_line_with_the_right_name(tmp_path: Path) -> None:
+    done = fetchpool("serve", folder=tmp_path, FETCHPOOL_SLOT="50")
+    assert_one_line(done, "FETCHPOOL_SLOT ", "FETCHPOOL_SLOTS")
+    assert done.returncode == 2
+
+
 def test_a_worker_alone_is_told_what_it_needs(tmp_path: Path) -> None:
     assert_one_line(fetchpool("worker", folder=tmp_path), "DATABASE_URL")
 

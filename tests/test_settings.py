@@ -147,5 +147,21 @@ def test_a_container_with_a_quota_gets_as_many_workers_as_cores(
     assert default_workers() == workers
 
 
+def test_a_variable_that_is_no_setting_is_refused_with_the_nearest_that_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FETCHPOOL_TEST_ANYTHING", "1")
+    read_settings()
+    monkeypatch.setenv("FETCHPOOL_SLOT", "50")
+    (tmp_path / ".env").write_text("FETCHPOOL_QQ=secret\nFETCHPOOL_DATABASE_URL=secret\nOTHER=1\n")
+    with pytest.raises(SettingsInvalid) as refused:
+        read_settings()
+    assert str(refused.value) == (
+        "FETCHPOOL_DATABASE_URL is not a setting: did you mean DATABASE_URL?; "
+        "FETCHPOOL_QQ is not a setting: unset it; .env.example lists those there are; "
+        "FETCHPOOL_SLOT is not a setting: did you mean FETCHPOOL_SLOTS?"
+    )
+
+
 if __name__ == "__main__":
     print(render_example(), end="")  # noqa: T201

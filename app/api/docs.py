@@ -44,7 +44,7 @@ politely and safely, and you **poll** the batch, or stream its results.
 3. `GET .../results` streams every result, `GET .../jobs` pages through them, `GET /v1/jobs/{id}/body` has the bytes.
 
 Errors are `application/problem+json` (RFC 9457) with a stable `code`; ids are UUIDs, times are UTC. A job fails with
-one of a closed set of codes; the schema `FailureCode` says what each means and whether it is tried again.
+one of a closed set of codes; this is what each means and whether it is tried again.
 """
 
 TAGS = [
@@ -73,13 +73,18 @@ def describe(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         context: Context = app.state.context
         document = get_openapi(
-            title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes, tags=TAGS
+            title=app.title,
+            version=app.version,
+            description=f"{DESCRIPTION}\n{_vocabulary()}\n",
+            routes=app.routes,
+            tags=TAGS,
         )
         components = document["components"]
         components["schemas"] = {**components["schemas"], **_further_schemas()}
         components["schemas"]["FailureCode"]["description"] = _vocabulary()
-        components["securitySchemes"] = {TOKEN_SCHEME: {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{}, {TOKEN_SCHEME: []}] if context.is_open else [{TOKEN_SCHEME: []}]
+        if not context.is_open:
+            components["securitySchemes"] = {TOKEN_SCHEME: {"type": "http", "scheme": "bearer"}}
+            document["security"] = [{TOKEN_SCHEME: []}]
         app.openapi_schema = _polish(document)
     return app.openapi_schema
 

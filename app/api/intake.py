@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,6 +23,7 @@ from app.api.problems import (
     INVALID_JSON,
     INVALID_REQUEST,
     MEDIA_TYPE_NOT_SUPPORTED,
+    OBJECT_EXPECTED,
     TOO_MANY_JOBS,
     UNSTORABLE,
     Fault,
@@ -183,7 +184,7 @@ class Entries:
         try:
             job = JobRequest.model_validate(value, context=self.bounds)
         except ValidationError as error:
-            return faults_of(error.errors(include_url=False, include_input=False), prefix=place, fields=JOB_FIELDS)
+            return _faults_of(error, prefix=place, fields=JOB_FIELDS)
         faults = _request_faults(job, place)
         try:
             target = check_url(job.url, self.policy)
@@ -214,7 +215,8 @@ class Entries:
             self.faults += faults
         if len(self.skipped) < SKIPPED_SHOWN_MAX:
             first = faults[0]
-            self.skipped.append({"index": index, "url": _shown(url), "code": first.code, "detail": first.detail})
+            shown = {"index": index, "url": _shown(url), "pointer": first.pointer}
+            self.skipped.append({**shown, "code": first.code, "detail": first.detail})
 
 
 def _require_json(request: Request) -> None:
@@ -249,11 +251,11 @@ def _too_large(most: int) -> Problem:
 
 def _decode(body: bytes | bytearray) -> str:
     if not body or body.isspace():
-        raise Problem(INVALID_JSON, 'The body is empty; send a JSON object such as {"urls": ["https://example.com/"]}.')
+        raise Problem(INVALID_JSON, f"The body is empty. {OBJECT_EXPECTED}")
     try:
         return body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Problem(INVALID_JSON, f"The body is not UTF-8 at byte {error.start}.") from None
+        raise Problem(INVALID_JSON, f"The body is not UTF-8 at byte {error.start}. {OBJECT_EXPECTED}") from None
 
 
 def _text(url: Any) -> str:
@@ -265,11 +267,23 @@ def _text(url: Any) -> str:
 def _list_faults(lists: dict[str, Any]) -> list[Fault]:
     wrong = [name for name, value in lists.items() if value is not None and value is not HANDED_OUT]
     if wrong:
-        return [Fault(pointer((name,)), "invalid_type", "Input should be a list.") for name in wrong]
+        return [Fault(pointer((name,)), "invalid_type", "It must be a list.") for name in wrong]
     given_count = sum(value is HANDED_OUT for value in lists.values())
     if given_count == 0:
         return [Fault("", "missing", "Give the URLs to fetch as urls or as jobs.")]
     return [] if given_count == 1 else [Fault("/jobs", "conflict", "Give either urls or jobs, not both.")]
+
+
+def _faults_of(error: ValidationError, *, prefix: tuple[str | int, ...] = (), fields: Fields) -> list[Fault]:
+    faults = faults_of(error.errors(include_url=False, include_input=False), prefix=prefix, fields=fields)
+    return [_led_to_options(fault) for fault in faults]
+
+
+def _led_to_options(fault: Fault) -> Fault:
+    name = fault.pointer.rpartition("/")[2]
+    if fault.code != "unknown_field" or name not in BatchOptions.model_fields:
+        return fault
+    return replace(fault, detail=f'It goes in options: {{"options": {{"{name}": …}}}}.')
 
 
 def _unstorable_faults(value: Any, place: tuple[str | int, ...]) -> list[Fault]:
@@ -282,7 +296,7 @@ def _settings(members: dict[str, Any], bounds: Bounds, faults: list[Fault]) -> B
     try:
         settings = BatchSettings.model_validate(members, context=bounds)
     except ValidationError as error:
-        faults += faults_of(error.errors(include_url=False, include_input=False), fields=SETTINGS_FIELDS)
+        faults += _faults_of(error, fields=SETTINGS_FIELDS)
         return None
     faults += _request_faults(settings.options or BatchOptions(), ("options",))
     return settings

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from app.api.problems import INVALID_JSON, Problem
+from app.api.problems import INVALID_JSON, OBJECT_EXPECTED, Problem
 
 VALUE_CHARS_MAX = 2**20
 """Longest single value: one element of a list that is read element by element, or one other member."""
@@ -50,7 +50,7 @@ def read_object(text: str, *, lists: Mapping[str, Each]) -> dict[str, Any]:
             members[name], at = _value(text, at)
         at, closed = _next(text, _skip(text, at), "}")
     if _skip(text, at) != len(text):
-        raise _invalid("Something follows the JSON object", at)
+        raise _invalid(text, "Something follows the JSON object", at)
     return members
 
 
@@ -115,11 +115,11 @@ def _elements(text: str, at: int) -> tuple[list[Any], int, bool]:
 
 
 def _name(text: str, at: int, members: Mapping[str, object]) -> tuple[str, int]:
+    if text[at : at + 1] != '"':
+        raise _invalid(text, "Expected a name in double quotes", at)
     name, end = _value(text, at)
-    if not isinstance(name, str):
-        raise _invalid("Expected the name of a member", at)
     if name in members or len(members) >= MEMBERS_MAX:
-        raise _invalid("The object has a member twice, or too many of them,", at)
+        raise _invalid(text, "The object has a member twice, or too many of them,", at)
     return name, _skip(text, _expect(text, _skip(text, end), ":"))
 
 
@@ -132,25 +132,27 @@ def _value(text: str, at: int) -> tuple[Any, int]:
         try:
             value, end = _DECODER.raw_decode(window)
         except RecursionError:
-            raise _invalid("Lists and objects lie too deep in each other", at) from None
-        except ValueError:
-            if not cut:
-                break
+            raise _invalid(text, "Lists and objects lie too deep in each other", at) from None
+        except ValueError as error:
+            if not cut or (width == VALUE_CHARS_MAX and not _is_cut_off(error, window)):
+                raise _no_value(text, error, at) from None
         else:
             if end < len(window) or not cut:
                 return value, at + end
-    raise _invalid(f"Expected a JSON value of at most {VALUE_CHARS_MAX:,} characters", at)
+    raise _invalid(text, f"A value is longer than {VALUE_CHARS_MAX:,} characters", at)
 
 
 def _next(text: str, at: int, closing: str) -> tuple[int, bool]:
     if text[at : at + 1] == closing:
         return at + 1, True
-    return _skip(text, _expect(text, at, ",")), False
+    if text[at : at + 1] != ",":
+        raise _invalid(text, f"Expected ',' or '{closing}'", at)
+    return _skip(text, at + 1), False
 
 
 def _expect(text: str, at: int, sign: str) -> int:
     if text[at : at + 1] != sign:
-        raise _invalid(f"Expected '{sign}'", at)
+        raise _invalid(text, f"Expected '{sign}'", at)
     return at + 1
 
 
@@ -171,8 +173,22 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _invalid(what: str, at: int) -> Problem:
-    return Problem(INVALID_JSON, f"{what} at character {at}.")
+def _is_cut_off(error: ValueError, window: str) -> bool:
+    """Tell whether a value is no JSON only because the window ends within it."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.msg.startswith("Unterminated string") or error.pos > len(window) - WINDOW_CHARS
+
+
+def _no_value(text: str, error: ValueError, at: int) -> Problem:
+    if not isinstance(error, json.JSONDecodeError):
+        return _invalid(text, "Found NaN, Infinity or a number that is too large, in the value", at)
+    return _invalid(text, error.msg.removesuffix(" at").rstrip(": "), at + error.pos)
+
+
+def _invalid(text: str, what: str, at: int) -> Problem:
+    line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
+    return Problem(INVALID_JSON, f"{what} at line {line}, column {column}. {OBJECT_EXPECTED}")
 
 
 _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_refuse_constant)

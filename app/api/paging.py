@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from urllib.parse import urlencode
 from uuid import UUID
 
-from app.api.problems import INVALID_CURSOR, Problem
+from app.api.problems import invalid_cursor
 
 CURSOR_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 POSITION_MAX = 2**31 - 1
@@ -23,7 +23,7 @@ def read_batch_cursor(cursor: str | None) -> UUID | None:
         return None
     kind, value = _decode(cursor)
     if kind != b"b" or len(value) != 16:
-        raise Problem(INVALID_CURSOR)
+        raise invalid_cursor()
     return UUID(bytes=value)
 
 
@@ -39,7 +39,7 @@ def read_job_cursor(cursor: str | None) -> int:
     kind, value = _decode(cursor)
     position = int.from_bytes(value, "big")
     if kind != b"j" or len(value) != 4 or position > POSITION_MAX:
-        raise Problem(INVALID_CURSOR)
+        raise invalid_cursor()
     return position
 
 
@@ -59,5 +59,5 @@ def _decode(cursor: str) -> tuple[bytes, bytes]:
     try:
         value = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
     except (ValueError, binascii.Error):
-        raise Problem(INVALID_CURSOR) from None
+        raise invalid_cursor() from None
     return value[:1], value[1:]

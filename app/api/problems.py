@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 ERRORS_SHOWN_MAX = 100
+OBJECT_EXPECTED = 'The body must be a JSON object such as {"urls": ["https://example.com/"]}.'
 UNSTORABLE = "NUL characters and halves of surrogate pairs cannot be stored; leave them out."
 POINTER_PART_CHARS_MAX = 100
 DATABASE_RETRY_AFTER_S = 5
@@ -43,7 +44,7 @@ class Kind:
     detail: str
 
 
-INVALID_JSON = Kind("invalid_json", 400, "The body is not a JSON object in UTF-8.")
+INVALID_JSON = Kind("invalid_json", 400, OBJECT_EXPECTED)
 INVALID_REQUEST = Kind("invalid_request", 422, "The body has members that are wrong; see errors.")
 INVALID_PARAMETER = Kind("invalid_parameter", 422, "A path, query or header parameter is wrong; see errors.")
 INVALID_CURSOR = Kind("invalid_cursor", 422, "The cursor is not one of this list; start again without a cursor.")
@@ -181,10 +182,15 @@ def faults_of(
         Fault(
             pointer((*prefix, *error["loc"])),
             _FAULT_CODES.get(error["type"], error["type"]),
-            _detail(error["type"], error["msg"], name=error["loc"][-1:], known=fields.get(error["loc"][:-1], ())),
+            _detail(error, known=fields.get(error["loc"][:-1], ())),
         )
         for error in errors
     ]
+
+
+def invalid_cursor() -> Problem:
+    """Make the problem of a cursor that is none of the list's."""
+    return Problem(INVALID_CURSOR, faults=[Fault("/query/cursor", "invalid_value", _FORMS["cursor"])])
 
 
 def pointer(parts: Iterable[str | int]) -> str:
@@ -206,6 +212,7 @@ _FAULT_CODES = {
     "missing": "missing",
     "string_type": "invalid_type",
     "int_type": "invalid_type",
+    "int_from_float": "invalid_type",
     "float_type": "invalid_type",
     "bool_type": "invalid_type",
     "list_type": "invalid_type",
@@ -227,6 +234,39 @@ _FAULT_CODES = {
     "too_long": "too_long",
 }
 """Pydantic's error types in the API's own words, so that they stay when pydantic changes; others pass as they are."""
+
+_SENTENCES = {
+    "missing": "It is missing; give it.",
+    "string_type": "It must be a string, in double quotes.",
+    "int_type": "It must be a whole number.",
+    "int_from_float": "It must be a whole number.",
+    "int_parsing": "It must be a whole number.",
+    "float_type": "It must be a number.",
+    "bool_type": "It must be true or false.",
+    "list_type": "It must be a list.",
+    "dict_type": "It must be a JSON object.",
+    "model_type": "It must be a JSON object.",
+    "model_attributes_type": "It must be a JSON object.",
+    "uuid_parsing": "It must be an id as the service gave it, a UUID.",
+    "uuid_type": "It must be an id as the service gave it, a UUID.",
+    "enum": "It must be {expected}.",
+    "literal_error": "It must be {expected}.",
+    "string_unicode": UNSTORABLE,
+    "finite_number": "It must be a finite number.",
+    "greater_than_equal": "It must be at least {ge}.",
+    "less_than_equal": "It must be at most {le}.",
+    "string_too_long": "It must be at most {max_length} characters long.",
+    "too_short": "It must have at least {min_length} entries.",
+    "too_long": "It must have at most {max_length} entries.",
+}
+"""What is said of pydantic's error types; others, our own, say it themselves."""
+
+_FORMS = {
+    "Idempotency-Key": "It must be 1 to 255 visible ASCII characters without spaces, best a UUID.",
+    "cursor": "It must be next_cursor of the page before, unchanged; leave it out for the first page.",
+    "host": "It must be a host as jobs show it, such as example.com or example.com:8080.",
+}
+"""How parameters are written whose form is a pattern, which pydantic would show."""
 
 
 async def _on_problem(request: Request, error: Exception) -> Response:
@@ -261,8 +301,14 @@ def _allowed(request: Request) -> list[str]:
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    problem = Problem(INVALID_PARAMETER, faults=faults_of(error.errors()))
+    problem = Problem(INVALID_PARAMETER, faults=faults_of(error.errors(), fields={("query",): _query_names(request)}))
     return respond(problem, request_id=_request_id(request))
+
+
+def _query_names(request: Request) -> list[str]:
+    path, method = request.scope["route"].path, request.method.lower()
+    operation = request.app.openapi()["paths"].get(path, {}).get(method, {})
+    return [parameter["name"] for parameter in operation.get("parameters", ()) if parameter["in"] == "query"]
 
 
 async def _on_database_failure(request: Request, error: Exception) -> Response:
@@ -297,23 +343,24 @@ def _escape(part: str) -> str:
     return printable.replace("~", "~0").replace("/", "~1")
 
 
-def _detail(error_type: str, message: str, *, name: Sequence[str | int], known: Iterable[str]) -> str:
-    match error_type:
+def _detail(error: ErrorDetails | dict[str, Any], *, known: Iterable[str]) -> str:
+    name, where = str(error["loc"][-1]) if error["loc"] else "", error["loc"][:1]
+    match error["type"]:
         case "extra_forbidden":
-            return _unknown(str(name[0]), sorted(known))
-        case "string_unicode":
-            return UNSTORABLE
-        case "string_pattern_mismatch":  # pydantic shows the pattern
-            return "The value is not written as it must be; /docs describes it."
-    return _sentence(message)
+            return _unknown(name, sorted(known), what="parameter" if where == ("query",) else "field")
+        case "string_pattern_mismatch":
+            return _FORMS.get(name, "It is not written as it must be; /docs describes it.")
+    if sentence := _SENTENCES.get(error["type"]):
+        return sentence.format(**error.get("ctx", {}))
+    return _sentence(error["msg"])
 
 
-def _unknown(name: str, known: Sequence[str]) -> str:
+def _unknown(name: str, known: Sequence[str], *, what: str) -> str:
     if alike := difflib.get_close_matches(name[:POINTER_PART_CHARS_MAX], known, n=2):
-        return f"There is no such field; did you mean {' or '.join(alike)}?"
+        return f"There is no such {what}; did you mean {' or '.join(alike)}?"
     if known:
-        return f"There is no such field; there are {', '.join(known)}."
-    return "There is no such field; leave it out."
+        return f"There is no such {what}; there are {', '.join(known)}."
+    return f"There is no such {what}; leave it out."
 
 
 def _sentence(message: str) -> str:
@@ -334,7 +381,7 @@ def _example(kind: Kind) -> dict[str, Any]:
 _EXAMPLE_FAULTS = {
     INVALID_REQUEST.code: (
         Fault("/urls/1", "scheme_not_allowed", "Only http and https are fetched."),
-        Fault("/options/timeout_s", "out_of_range", "Input should be less than or equal to 300."),
+        Fault("/options/timeout_s", "out_of_range", "It must be at most 300."),
     ),
-    INVALID_PARAMETER.code: (Fault("/query/limit", "out_of_range", "Input should be less than or equal to 200."),),
+    INVALID_PARAMETER.code: (Fault("/query/limit", "out_of_range", "It must be at most 200."),),
 }

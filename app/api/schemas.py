@@ -59,7 +59,7 @@ def _within(bound: str) -> AfterValidator:
     def check(value: Any, info: ValidationInfo) -> Any:
         most = getattr(info.context, bound)
         if value is not None and value > most:
-            raise PydanticCustomError("less_than_equal", "Input should be less than or equal to {most}", {"most": most})
+            raise PydanticCustomError("less_than_equal", "It must be at most {le}", {"le": most})
         return value
 
     return AfterValidator(check)
@@ -72,9 +72,11 @@ def _bounded_metadata(value: dict[str, Any] | None) -> dict[str, Any] | None:
     if value is None:
         return None
     if depth(value) > METADATA_DEPTH_MAX:
-        raise PydanticCustomError("too_deep", "Should be at most {most} levels deep", {"most": METADATA_DEPTH_MAX})
+        raise PydanticCustomError("too_deep", "It must be at most {most} levels deep", {"most": METADATA_DEPTH_MAX})
     if len(_JSON.encode(value)) > METADATA_CHARS_MAX:
-        raise PydanticCustomError("too_long", "Should be at most {most} characters", {"most": METADATA_CHARS_MAX})
+        raise PydanticCustomError(
+            "string_too_long", "It must be at most {max_length} characters", {"max_length": METADATA_CHARS_MAX}
+        )
     return value
 
 
@@ -193,7 +195,9 @@ class BatchRequest(BatchSettings):
     """A batch to fetch: either `urls` or `jobs`."""
 
     urls: list[str] | None = Field(
-        default=None, description="URLs to fetch, all alike.", examples=[["https://example.com/"]]
+        default=None,
+        description="URLs to fetch, all alike; a batch of none is completed at once.",
+        examples=[["https://example.com/"]],
     )
     jobs: list[JobRequest] | None = Field(default=None, description="URLs to fetch, each with settings of its own.")
 
@@ -226,6 +230,7 @@ class SkippedEntryView(BaseModel):
 
     index: int = Field(description="Its index in `urls` or `jobs`, from 0.")
     url: str | None = Field(description="Its URL, cut to 200 characters; null when it may hold a password.")
+    pointer: str | None = Field(default=None, description="JSON Pointer to what is wrong.", examples=["/urls/1"])
     code: str = Field(examples=["scheme_not_allowed"])
     detail: str
 

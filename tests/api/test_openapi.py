@@ -92,3 +92,12 @@ async def test_ids_are_not_told_to_those_without_the_token(make_app: AppMaker, r
     assert document["security"] == [{"token": []}]
     needless = {path for path, _, operation in operations(document) if operation.get("security") == []}
     assert needless == {"/healthz", "/readyz"}
+
+
+async def test_the_page_asks_for_a_token_only_where_there_is_one(document: dict[str, Any], make_app: AppMaker) -> None:
+    assert "securitySchemes" not in document["components"]
+    assert "securitySchemes" in make_app(api_token="a-token-of-16-or-more").openapi()["components"]
+
+
+async def test_the_first_page_lists_the_failure_codes(document: dict[str, Any]) -> None:
+    assert [code for code in FailureCode if f"`{code}`" not in document["info"]["description"]] == []

@@ -354,3 +354,53 @@ def _request_of(name: str, given: str) -> dict[str, Any]:
     header, _, value = given.partition(":")
     text = value.strip().replace("\\r", "\r").replace("\\n", "\n").replace("\\0", "\0")
     return {"headers": {header.rstrip("*"): text or "x"}}
+
+
+async def test_what_is_no_json_is_told_where_and_what_the_body_must_be(api: httpx2.AsyncClient) -> None:
+    for body, words in (
+        (b'{\n  "urls": ["a",]\n}', "Expecting value at line 2, column 16."),
+        (b'{"urls": ["a" "b"]}', "Expected ',' or ']' at line 1, column 15."),
+        (b"{urls: []}", "Expected a name in double quotes at line 1, column 2."),
+        (b'{"urls": [nope]}' + b" " * 2**21, "Expecting value at line 1, column 11."),
+        (b'{"urls": ["' + b"x" * 2**21 + b'"]}', "longer than 1,048,576 characters at line 1, column 11."),
+    ):
+        detail = (await api.post("/v1/batches", content=body, headers=JSON)).json()["detail"]
+        assert words in detail, body[:50]
+        assert '{"urls": [' in detail
+
+
+async def test_no_wording_of_a_library_reaches_a_client(api: httpx2.AsyncClient) -> None:
+    answers = [await api.post("/v1/batches", content=json.dumps(document), headers=JSON) for document, _ in WRONG]
+    answers += [
+        await api.get(path)
+        for path in ("/v1/jobs/5", "/v1/batches?limit=x", "/v1/batches?limit=999", "/v1/batches?status=x")
+    ]
+    details = [error["detail"] for answer in answers for error in answer.json()["errors"]]
+    assert [detail for detail in details if "nput should" in detail or "valid " in detail or "required" in detail] == []
+
+
+async def test_a_parameter_of_a_wrong_form_is_named_with_the_right_one(api: httpx2.AsyncClient) -> None:
+    answers = [
+        await api.post("/v1/batches", json={"urls": []}, headers={"Idempotency-Key": "a b"}),
+        await api.get("/v1/batches?cursor=!"),
+        await api.get("/v1/batches?cursor=AAAA"),
+        await api.get("/v1/batches?limits=5"),
+    ]
+    [key, form, foreign, unknown] = [answer.json()["errors"][0] for answer in answers]
+    assert (key["pointer"], form["pointer"]) == ("/header/Idempotency-Key", "/query/cursor")
+    assert "1 to 255 visible ASCII characters" in key["detail"]
+    assert "next_cursor" in form["detail"]
+    assert (foreign["pointer"], foreign["detail"]) == ("/query/cursor", form["detail"])
+    assert unknown["detail"] == "There is no such parameter; did you mean limit?"
+
+
+async def test_a_skipped_entry_names_the_field_that_is_wrong(api: httpx2.AsyncClient) -> None:
+    batch = {"jobs": [{"url": URL, "timeout_s": 0}], "on_invalid": "skip"}
+    [entry] = (await api.post("/v1/batches", json=batch)).json()["skipped"]
+    assert entry["pointer"] == "/jobs/0/timeout_s"
+
+
+async def test_an_option_in_the_wrong_place_is_led_to_the_right_one(api: httpx2.AsyncClient) -> None:
+    for batch in ({"urls": [], "timeout_s": 5}, {"jobs": [{"url": URL, "redirects_max": 1}]}):
+        [error] = (await api.post("/v1/batches", json=batch)).json()["errors"]
+        assert "goes in options" in error["detail"]
