@@ -76,7 +76,7 @@ class Slots:
             return
         hold.waiting.extend(jobs)
         self.waiting_count += len(jobs)
-        self.unknown |= {job.batch_id for job in jobs} - self._options.keys()
+        self.unknown |= {job.batch_id for job in jobs if job.batch_id not in self._options}
         self._make_ready(hold)
         self._hurry_the_last()
 
