@@ -29,8 +29,13 @@ LEFT = 3_000
 
 LOOK_S = 0.05
 TAKE_S_MAX = 120.0
+DRAIN_S_MAX = 1_200.0
+SETTLE_S = 75.0
+"""For the autovacuum that follows the last jobs: it starts within a minute."""
 OF_SMALLEST_MAX = 1.15
 MOVED_MIN = 40.0
+DEAD_MAX = 0.2
+JOB_KIB_MAX = 1.5
 SMALLEST = "smallest"
 TABLES = ("job", "host", "tally", "histogram", "body", "attempt")
 
@@ -58,6 +63,17 @@ class Moves:
     by_record: float
 
 
+@dataclass(frozen=True)
+class Size:
+    """A table: its rows, the dead ones beside them, and its bytes, with indexes and of these alone."""
+
+    table: str
+    rows: int
+    dead_rows: int
+    size_bytes: int
+    index_bytes: int
+
+
 def measure() -> None:
     """Run the comparison and report."""
     asked = rounds.arguments(__doc__.splitlines()[0], jobs=8_000, pending=1_000_000, in_flight=100)
@@ -73,7 +89,8 @@ def measure() -> None:
         for count in sorted({len(case.hosts) for case in cases.values()}):
             found[f"aiohttp {count}"] = _bare(site, count, asked.jobs, folder, in_flight=asked.in_flight)
         samples = rounds.interleave(found, asked.rounds)
-        sizes = asyncio.run(_sizes(folder / f"case-{list(cases).index('pending')}"))
+        with serving(folder / f"case-{list(cases).index('pending')}") as service:
+            sizes = asyncio.run(_sizes_when_done(service, asked.pending))
     rounds.finish(_report(cases, samples, sizes), samples, save=not asked.no_save)
 
 
@@ -135,8 +152,8 @@ async def _take(service: Service, case: Case, jobs: int) -> Sample:
     return Sample(count, wall_s, sum(spent.values()), spent)
 
 
-async def _wait_until_done(database: asyncpg.Connection, wanted: int) -> int:
-    give_up_at = time.monotonic() + TAKE_S_MAX
+async def _wait_until_done(database: asyncpg.Connection, wanted: int, *, within_s: float = TAKE_S_MAX) -> int:
+    give_up_at = time.monotonic() + within_s
     while (done := await _done(database)) < wanted:
         if time.monotonic() > give_up_at:
             raise Broken(f"Only {done:,} of {wanted:,} jobs were done in time")
@@ -179,25 +196,21 @@ def _bare(site: Site, host_count: int, jobs: int, folder: Path, *, in_flight: in
     )
 
 
-async def _sizes(data: Path) -> list[list[str]]:
-    """The tables of a case as it ends: their rows, the dead ones among them, and their bytes."""
-    rows = [["table", "rows", "dead rows", "MiB with indexes", "MiB of indexes"]]
-    with serving(data, "--workers", "0") as service:
-        database = await asyncpg.connect(service.database_url)
-        for table in TABLES:
-            found = await database.fetchrow(
-                "SELECT n_live_tup, n_dead_tup, pg_total_relation_size(relid) AS bytes, "
-                "pg_indexes_size(relid) AS index_bytes FROM pg_stat_user_tables WHERE relname = $1",
-                table,
-            )
-            mib, index_mib = found["bytes"] / 2**20, found["index_bytes"] / 2**20
-            cells = [f"{found['n_live_tup']:,}", f"{found['n_dead_tup']:,}", f"{mib:,.1f}", f"{index_mib:,.1f}"]
-            rows.append([table, *cells])
-        await database.close()
-    return rows
+async def _sizes_when_done(service: Service, pending: int) -> list[Size]:
+    """Let the service do all that is pending; then say how large its tables are, and how much of them is dead rows."""
+    database = await asyncpg.connect(service.database_url)
+    await _wait_until_done(database, pending, within_s=DRAIN_S_MAX)
+    await asyncio.sleep(SETTLE_S)
+    rows = await database.fetch(
+        "SELECT relname, n_live_tup, n_dead_tup, pg_total_relation_size(relid), pg_indexes_size(relid) "
+        "FROM pg_stat_user_tables WHERE relname = ANY($1)",
+        list(TABLES),
+    )
+    await database.close()
+    return sorted((Size(*row) for row in rows), key=lambda size: TABLES.index(size.table))
 
 
-def _report(cases: dict[str, Case], samples: dict[str, list[Sample]], sizes: list[list[str]]) -> Report:
+def _report(cases: dict[str, Case], samples: dict[str, list[Sample]], sizes: list[Size]) -> Report:
     report = Report("scale", "Flat: from a thousand jobs to a million")
     report.notes.append(
         "CPU for each job of all processes of the service, PostgreSQL included, while it takes some thousands of what "
@@ -215,9 +228,27 @@ def _report(cases: dict[str, Case], samples: dict[str, list[Sample]], sizes: lis
     for what in ("by_claim", "by_record"):
         least = min(rounds.median([getattr(moves, what) for moves in case.moves]) for case in cases.values())
         report.checks.append(Check(f"Jobs moved {what.replace('_', ' ')}, the least", least, MOVED_MIN, is_floor=True))
-    report.tables += [("", rows), (f'The tables of "{cases["pending"].title}" in the end', sizes)]
+    report.tables += [
+        ("", rows),
+        (f'The tables of "{cases["pending"].title}", once all of them are done', _size_rows(sizes)),
+    ]
+    job = sizes[TABLES.index("job")]
+    report.checks.append(Check("Dead rows of job by the live ones, all done", job.dead_rows / job.rows, DEAD_MAX))
+    report.checks.append(Check("KiB of job and its indexes for each", job.size_bytes / job.rows / 2**10, JOB_KIB_MAX))
     report.data["moves"] = {name: [vars(moves) for moves in case.moves] for name, case in cases.items()}
     return report
+
+
+def _size_rows(sizes: list[Size]) -> list[list[str]]:
+    rows = [["table", "rows", "dead rows", "MiB with indexes", "MiB of indexes"]]
+    for size in sizes:
+        counts = [f"{size.rows:,}", f"{size.dead_rows:,}"]
+        rows.append([size.table, *counts, _mib(size.size_bytes), _mib(size.index_bytes)])
+    return rows
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:,.1f}"
 
 
 def _row(case: Case, samples: list[Sample], bare: list[Sample], of_first: float) -> list[str]:
