@@ -138,10 +138,12 @@ async def find_next_due_s(session: AsyncSession) -> float:
     return float("inf") if due_s is None else max(0.0, due_s)
 
 
+# A lease that has ended stays so: its worker, by its own clock, has given it up, and would never give back what it does
+# not know that it got again.
 RENEW = text(f"""
     WITH mine AS MATERIALIZED ({LOCKED_IF_HELD})
     UPDATE host SET next_at = now() + make_interval(secs => :lease_s)
-    FROM mine WHERE host.shard = mine.shard AND host.host = mine.host
+    FROM mine WHERE host.shard = mine.shard AND host.host = mine.host AND host.next_at > now()
     RETURNING host.shard, host.host
 """)
 

@@ -53,6 +53,7 @@ class Keeper:
         for hold in holds:
             if hold.key in kept:
                 hold.stops_at = self._stops_at(now)
+                self._slots.make_ready(hold)  # nothing was started there if the lease seemed to be ending
             else:
                 self._lose(hold)
 

@@ -19,7 +19,7 @@ from app.jobs.database import DATABASE_ERRORS, Sessions
 from app.jobs.hints import Listener
 from app.jobs.values import ClaimedJob, Lease, Result
 from app.jobs.workers import Identity
-from app.worker.holds import Holds
+from app.worker.holds import Hold, Holds
 from app.worker.keeper import Keeper
 from app.worker.recorder import Recorder
 from app.worker.slots import Slots
@@ -222,8 +222,13 @@ class Pool:
         was_cut = sum(len(jobs) for jobs in claimed.values()) >= room
         for lease, jobs in claimed.items():
             hold = self._keeper.hold(lease, now, concurrency=settings.host_concurrency, delay_s=settings.host_delay_s)
-            hold.is_dry = len(jobs) < settings.host_concurrency and not was_cut
+            hold.is_dry = _found_all(jobs, wanted=self._first_of_each) and not was_cut
             self._slots.supply(hold, jobs)
+
+    @property
+    def _first_of_each(self) -> int:
+        """Jobs to claim together with a host: those that can start at once."""
+        return 1 if self._settings.host_delay_s else self._settings.host_concurrency
 
     async def _claim_due(self, room: int) -> dict[Lease, list[ClaimedJob]]:
         settings = self._settings
@@ -233,7 +238,7 @@ class Pool:
                 self._identity.id,
                 hosts_max=room,
                 jobs_max=room,
-                jobs_per_host=1 if settings.host_delay_s else settings.host_concurrency,
+                jobs_per_host=self._first_of_each,
                 lease_s=settings.lease_s,
             )
 
@@ -250,17 +255,26 @@ class Pool:
         # fair shares: the first few hosts would take all the room, and the others leave slots empty
         share = max(1, room // len(wanted))
         wanted = [(hold, min(count, share)) for hold, count in wanted]
-        async with self._sessions.begin() as session:
-            jobs = await queue.refill(
-                session, self._identity.id, [(hold.lease, count) for hold, count in wanted], jobs_max=room
-            )
+        jobs = await self._refill_held(wanted, room)
         taken: dict[tuple[int, str], list[ClaimedJob]] = {}
         for job in jobs:
             taken.setdefault((job.shard, job.host), []).append(job)
         for hold, count in wanted:
             found = taken.get(hold.key, [])
-            hold.is_dry = len(found) < count and len(jobs) < room
+            hold.is_dry = _found_all(found, wanted=count) and len(jobs) < room
             self._slots.supply(hold, found)
+
+    async def _refill_held(self, wanted: Sequence[tuple[Hold, int]], room: int) -> list[ClaimedJob]:
+        try:
+            async with self._sessions.begin() as session:
+                return await queue.refill(
+                    session, self._identity.id, [(hold.lease, count) for hold, count in wanted], jobs_max=room
+                )
+        except DATABASE_ERRORS:
+            # Should it have been committed, these jobs run nowhere, and are rescued once their host is given back.
+            for hold, _ in wanted:
+                hold.is_ending = True
+            raise
 
     async def _learn_options(self) -> None:
         """Read the options of batches met for the first time; their jobs wait for it."""
@@ -334,3 +348,8 @@ class Pool:
                 await workers.beat(session, self._identity, running=self._slots.running_count, dropped=dropped)
             self._beat_at = time.monotonic()
             self._dropped_told = dropped
+
+
+def _found_all(jobs: Sequence[ClaimedJob], *, wanted: int) -> bool:
+    """Whether a host has no more jobs due: a turn that looked at as many batches as it may has left some out."""
+    return len(jobs) < min(wanted, queue.BATCHES_PER_TURN_MAX)

@@ -77,7 +77,7 @@ class Slots:
         hold.waiting.extend(jobs)
         self.waiting_count += len(jobs)
         self.unknown |= {job.batch_id for job in jobs if job.batch_id not in self._options}
-        self._make_ready(hold)
+        self.make_ready(hold)
         self._hurry_the_last()
 
     def learn_options(self, learned: Mapping[UUID, dict[str, Any]]) -> None:
@@ -87,7 +87,7 @@ class Slots:
         self._options |= {batch_id: options.for_batch(asked, self._limits) for batch_id, asked in learned.items()}
         self.unknown.clear()
         for hold in self._holds.values():
-            self._make_ready(hold)
+            self.make_ready(hold)
 
     def return_waiting(self, hold: Hold) -> None:
         """Have the host's jobs given back that have not started."""
@@ -137,7 +137,7 @@ class Slots:
             hold = self._ready.popleft()
             hold.is_ready = False
             if self._start_one(hold):
-                self._make_ready(hold)
+                self.make_ready(hold)
 
     def next_suspect(self) -> tuple[Hold, ClaimedJob] | None:
         """Return the suspect to start once nothing else runs; until it has ended nothing else starts.
@@ -149,7 +149,7 @@ class Slots:
             return None
         if hold.is_lost or not hold.waiting or not hold.waiting[0].is_suspect:
             self._suspect = None
-            self._make_ready(hold)
+            self.make_ready(hold)
             return None
         if self.running_count or not self._recorder.is_empty:
             return None
@@ -165,7 +165,8 @@ class Slots:
         elif self._places.try_enter(hold.host):
             self._start_job(hold, time.monotonic())
 
-    def _make_ready(self, hold: Hold) -> None:
+    def make_ready(self, hold: Hold) -> None:
+        """Let the host's next job start when it may."""
         if not hold.is_ready and hold.waiting and not hold.is_lost:
             hold.is_ready = True
             self._ready.append(hold)
@@ -173,7 +174,7 @@ class Slots:
     def _place_is_free(self, host: str) -> None:
         hold = self._holds.get((shard_of_host(host), host))
         if hold is not None:
-            self._make_ready(hold)
+            self.make_ready(hold)
             self.start_ready()
 
     def _may_start(self) -> bool:
@@ -224,7 +225,7 @@ class Slots:
 
     def _resume(self, hold: Hold) -> None:
         hold.is_ready = False
-        self._make_ready(hold)
+        self.make_ready(hold)
         self.start_ready()
 
     # What becomes of it
@@ -241,9 +242,9 @@ class Slots:
         job = hold.running.pop(task)
         if job.is_suspect:
             self._suspect = None
-            self._make_ready(hold)
+            self.make_ready(hold)
         hold.ended_count += 1
-        self._make_ready(hold)
+        self.make_ready(hold)
         self.running_count -= 1
         seat.leave()
         if task.cancelled():

@@ -9,7 +9,7 @@ import random
 import time
 from contextlib import suppress
 
-from app.jobs import batches, database, hosts, queue
+from app.jobs import batches, database, hints, hosts, queue
 from app.jobs.batches import Chores
 from app.jobs.database import DATABASE_ERRORS, Sessions
 from app.jobs.hints import Listener
@@ -19,12 +19,14 @@ PAUSE_S = 1.0
 REST_S = 4.0
 """At most added to it while there is no batch to follow up and hints are heard; the hint of a new batch ends it."""
 FINISH_EVERY_S = 5.0
-"""Between two looks for batches to finish or erase."""
+"""Between two looks for batches to finish."""
 SWEEP_EVERY_S = 15.0
 """Between two looks for stranded jobs and for hosts to forget."""
 BATCHES_PER_ROUND_MAX = 1_000
 CANCEL_CHUNK = 10_000
 ERASE_CHUNK = 2_000
+ERASE_S_MAX = 5.0
+"""A million jobs take longer to erase; cancels and finishes come in between."""
 HOSTS_CHUNK = 1_000
 
 logger = logging.getLogger(__name__)
@@ -69,22 +71,18 @@ class Upkeep:
         self._is_resting = False
         async with self._readers() as session:
             chores = await batches.find_chores(session)
+        now = time.monotonic()
         if chores.has_unfinished:
             await self._cancel_batches()
-        now = time.monotonic()
-        if now >= self._finish_at:
-            await self._finish_and_erase(chores)
-            self._finish_at = now + FINISH_EVERY_S
+            if now >= self._finish_at:
+                await self._finish_batches()
+                self._finish_at = now + FINISH_EVERY_S
+        if chores.has_deleted:
+            await self._erase_batches()
         if now >= self._sweep_at:
             await self._sweep(chores)
             self._sweep_at = now + SWEEP_EVERY_S
         self._is_resting = not (chores.has_unfinished or chores.has_deleted)
-
-    async def _finish_and_erase(self, chores: Chores) -> None:
-        if chores.has_unfinished:
-            await self._finish_batches()
-        if chores.has_deleted:
-            await self._erase_batches()
 
     async def _sweep(self, chores: Chores) -> None:
         if chores.has_unfinished:
@@ -113,9 +111,10 @@ class Upkeep:
     async def _erase_batches(self) -> None:
         async with self._readers() as session:
             deleted = await batches.list_deleted(session, limit=BATCHES_PER_ROUND_MAX)
+        gives_way_at = time.monotonic() + ERASE_S_MAX
         for batch_id in deleted:
             is_left = True
-            while is_left:
+            while is_left and time.monotonic() < gives_way_at:
                 async with self._sessions.begin() as session:
                     is_left = await batches.erase(session, batch_id, limit=ERASE_CHUNK) > 0
 
@@ -123,6 +122,9 @@ class Upkeep:
         async with self._sessions.begin() as session:
             if stranded := await hosts.lock_stranded(session, limit=HOSTS_CHUNK):
                 await queue.rescue(session, stranded, lease_s=self._lease_s)
+        if stranded:
+            async with self._sessions.begin() as session:
+                await hints.give(session)
 
     async def _forget_hosts(self) -> None:
         after: tuple[int, str] | None = (-1, "")

@@ -512,6 +512,15 @@ async def test_a_renewal_tells_which_leases_are_lost(client: Client, worker: Wor
     assert await worker.renew(first, second) == {(first.shard, first.host)}
 
 
+async def test_a_lease_that_has_ended_is_not_renewed(client: Client, worker: Worker, sessions: Sessions) -> None:
+    """Its worker has given it up by its own clock, and would leave it to nobody for as long as it lasts again."""
+    await client.submit("h")
+    lease, _ = await worker.claim_one()
+    await execute(sessions, "UPDATE host SET next_at = now()")
+    assert await worker.renew(lease) == set()
+    assert len((await Worker(sessions).claim_one())[1]) == 1
+
+
 async def test_a_host_that_backs_off_is_left_alone_by_every_batch(
     client: Client, worker: Worker, sessions: Sessions
 ) -> None:

@@ -5,12 +5,16 @@ import itertools
 import random
 import time
 from collections import Counter
+from typing import Any
 from uuid import UUID
 
+import pytest
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.jobs import batches
+from app.jobs import batches, queue
 from app.jobs.database import Sessions
+from app.jobs.values import ClaimedJob
 from app.worker.pool import Pool
 from tests.waiting import until
 from tests.web import Answer, serving
@@ -359,3 +363,64 @@ async def test_a_host_that_refuses_is_tried_by_one_fetch_at_a_time(service: Serv
         assert sum(len(detail.attempts_made) for detail in details) <= 8
         async with serving(port=port):
             assert (await service.finished(batch_id)).counts.succeeded == 40
+
+
+async def host_lease(sessions: Sessions) -> int:
+    """How often the only host there is was claimed so far."""
+    async with sessions.begin() as session:
+        return int((await session.execute(text("SELECT lease FROM host"))).scalar_one())
+
+
+async def test_a_host_is_kept_while_there_are_batches_that_a_turn_did_not_look_at(
+    service: Service, sessions: Sessions
+) -> None:
+    async with serving() as site:
+        ids = [await service.submit(site.url(f"/{number}")) for number in range(250)]
+        async with service.worker(slots=150, host_concurrency=150):
+            for batch_id in ids:
+                await service.finished(batch_id)
+    assert await host_lease(sessions) == 1
+
+
+async def test_a_host_with_a_delay_is_kept_between_its_fetches(service: Service, sessions: Sessions) -> None:
+    async with serving() as site, service.worker(host_delay_s=0.05):
+        await service.finished(await service.submit(*(site.url(f"/{number}") for number in range(20))))
+    assert await host_lease(sessions) == 1
+
+
+async def test_a_host_goes_on_when_its_renewal_comes_late_but_in_time(service: Service) -> None:
+    async with serving() as site, service.worker(slots=100, lease_s=6.0) as pool:
+        await service.submit(*(site.url(f"/{number}") for number in range(10_000)))
+        # so many that none are looked for until some of them have run
+        await until(lambda: any(len(hold.waiting) > 120 for hold in pool._holds.values()))
+        [hold] = pool._holds.values()
+        hold.stops_at = time.monotonic()
+        await until(lambda: not hold.running)
+        hold.stops_at = time.monotonic() + 6.0
+        before = site.hits.total()
+        await until(lambda: site.hits.total() > before)
+
+
+async def test_jobs_of_a_refill_that_was_not_confirmed_do_not_wait_for_their_host_to_run_dry(
+    service: Service, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refill(session: AsyncSession, owner: UUID, wanted: Any, *, jobs_max: int) -> list[ClaimedJob]:
+        if lost or not site.hits:
+            return await refill_really(session, owner, wanted, jobs_max=jobs_max)
+        async with sessions.begin() as other:
+            lost.extend(await refill_really(other, owner, wanted, jobs_max=jobs_max))
+        raise OSError("the connection broke at the commit")
+
+    async def found() -> bool:
+        async with sessions.begin() as session:
+            stranded = "SELECT count(*) FROM job WHERE id = ANY(:ids) AND lost = 0"
+            return not await session.scalar(text(stranded), {"ids": [job.id for job in lost]})
+
+    lost: list[ClaimedJob] = []
+    refill_really = queue.refill
+    monkeypatch.setattr(queue, "refill", refill)
+    async with serving() as site, service.worker():
+        await service.submit(*(site.url(f"/{number}") for number in range(10_000)))
+        await until(lambda: bool(lost))
+        await until(found)
+        assert site.hits.total() < 9_000
