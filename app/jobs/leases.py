@@ -64,20 +64,6 @@ WAITING_BATCHES = f"""
     WHERE NOT (SELECT cancel_requested FROM tally WHERE tally.shard = turn.shard AND tally.batch_id = waiting.batch_id)
 """
 
-# The last of them, found from the end of the index.
-NEWEST_BATCH = f"""
-    SELECT newest.batch_id, first.run_at FROM (
-        SELECT batch_id FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
-            AND batch_id >= {OLDEST_UNFINISHED}
-        ORDER BY batch_id DESC, run_at DESC LIMIT 1
-    ) AS newest
-    CROSS JOIN LATERAL (
-        SELECT run_at FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
-            AND batch_id = newest.batch_id ORDER BY run_at LIMIT 1
-    ) AS first
-    WHERE NOT (SELECT cancel_requested FROM tally WHERE tally.shard = turn.shard AND tally.batch_id = newest.batch_id)
-"""
-
 # Reads with a snapshot newer than its lock on the host, and enqueue locks the host last: a job that this does not see
 # is committed by an enqueue that still waits for the host and will set `next_at` itself. So no wake-up is lost.
 REST_HOSTS = text(f"""

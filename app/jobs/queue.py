@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.jobs import leases, tallies
 from app.jobs.ids import new_job_ids, shard_of_hash
-from app.jobs.leases import NEWEST_BATCH, OLDEST_UNFINISHED, WAITING_BATCHES
+from app.jobs.leases import OLDEST_UNFINISHED, WAITING_BATCHES
 from app.jobs.tallies import Change, HistogramKey
 from app.jobs.values import (
     CRASHES_OF_SUSPECT,
@@ -147,6 +147,20 @@ def _repeatables(options: dict[str, Any], methods: list[str | None]) -> list[boo
     return [retry_unsafe or (method or shared) in SAFE_METHODS for method in methods]
 
 
+# The last batch that waits at a host, found from the end of the index; nothing when it is among the chosen already.
+NEWEST_BATCH = """
+    SELECT newest.batch_id, first.run_at FROM (
+        SELECT batch_id FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
+            AND batch_id > (SELECT batch_id FROM chosen ORDER BY batch_id DESC LIMIT 1)
+        ORDER BY batch_id DESC, run_at DESC LIMIT 1
+    ) AS newest
+    CROSS JOIN LATERAL (
+        SELECT run_at FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
+            AND batch_id = newest.batch_id ORDER BY run_at LIMIT 1
+    ) AS first
+    WHERE NOT (SELECT cancel_requested FROM tally WHERE tally.shard = turn.shard AND tally.batch_id = newest.batch_id)
+"""
+
 # Found once by the claim's index, then by place (ctid), row by row (LATERAL), and the status it leaves is that of the
 # locked row. By key, the planner went by way of that index again and read all of the host's jobs for each. Joined, it
 # read all queued jobs there are, once statistics of a quiet moment said that these are hardly any: 1.1 ms of CPU for
@@ -164,14 +178,17 @@ TAKE_JOBS = text(f"""
     ), picked AS MATERIALIZED (
         SELECT due.place, turn.shard, due.id, turn.lease
         FROM turn CROSS JOIN LATERAL (
-            SELECT due.place, due.id
-            FROM (
-                (SELECT batch_id, run_at AS since FROM (
+            WITH chosen AS MATERIALIZED (
+                SELECT batch_id, run_at AS since FROM (
                     SELECT batch_id, run_at FROM ({WAITING_BATCHES}) AS waits WHERE run_at <= now() LIMIT turn.reach
                 ) AS reached
-                ORDER BY random() LIMIT turn.sharing)
-                UNION
-                (SELECT batch_id, run_at FROM ({NEWEST_BATCH}) AS waits WHERE run_at <= now())
+                ORDER BY random() LIMIT turn.sharing
+            )
+            SELECT due.place, due.id
+            FROM (
+                SELECT batch_id, since FROM chosen
+                UNION ALL
+                SELECT batch_id, run_at FROM ({NEWEST_BATCH}) AS waits WHERE run_at <= now()
             ) AS sharing
             CROSS JOIN LATERAL (
                 SELECT place, id, row_number() OVER (ORDER BY run_at) AS number FROM (
