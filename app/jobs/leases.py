@@ -66,11 +66,13 @@ WAITING_BATCHES = f"""
 
 # Reads with a snapshot newer than its lock on the host, and enqueue locks the host last: a job that this does not see
 # is committed by an enqueue that still waits for the host and will set `next_at` itself. So no wake-up is lost.
+# EXISTS stops at the first batch with a job due, of many thousands that may wait.
 REST_HOSTS = text(f"""
     UPDATE host SET owner = NULL, not_before = greatest(host.not_before, now() + make_interval(secs => turn.rest_s)),
-        next_at = greatest(host.not_before, now() + make_interval(secs => turn.rest_s), coalesce((
-        SELECT min(run_at) FROM ({WAITING_BATCHES}) AS claimable
-    ), 'infinity'))
+        next_at = greatest(host.not_before, now() + make_interval(secs => turn.rest_s), CASE
+            WHEN EXISTS (SELECT 1 FROM ({WAITING_BATCHES}) AS claimable WHERE run_at <= now()) THEN now()
+            ELSE coalesce((SELECT min(run_at) FROM ({WAITING_BATCHES}) AS claimable), 'infinity')
+        END)
     FROM unnest(CAST(:shards AS smallint[]), CAST(:hosts AS text[]), CAST(:rests_s AS float8[]))
         AS turn(shard, host, rest_s)
     WHERE host.shard = turn.shard AND host.host = turn.host

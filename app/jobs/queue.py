@@ -73,9 +73,10 @@ INSERT_TALLIES = text("""
 """)
 
 # A leased host is only locked: whoever holds it looks for new jobs before letting go, and must wait for this commit.
+# Lease numbers begin at the clock: those of a host that was forgotten and comes again (jobs/hosts) are new as well.
 WAKE_HOSTS = text("""
-    INSERT INTO host (shard, host, next_at)
-    SELECT h.shard, h.host, now()
+    INSERT INTO host (shard, host, lease, next_at)
+    SELECT h.shard, h.host, CAST(extract(epoch FROM now()) * 1000 AS bigint), now()
     FROM unnest(CAST(:shards AS smallint[]), CAST(:hosts AS text[])) AS h(shard, host)
     ORDER BY h.shard, h.host COLLATE "C"
     ON CONFLICT (shard, host) DO UPDATE SET next_at = greatest(host.not_before, least(host.next_at, excluded.next_at))

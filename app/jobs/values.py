@@ -1,7 +1,6 @@
 """The values that pass between the queue and its callers."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +38,7 @@ class NewJobs:
     requests: list[str | None] = field(default_factory=list)
     custom_ids: list[str | None] = field(default_factory=list)
     metadatas: list[str | None] = field(default_factory=list)
+    _names: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         """Count the jobs."""
@@ -54,9 +54,8 @@ class NewJobs:
         metadata: dict[str, Any] | None = None,
     ) -> None:
         """Add one URL to fetch; `request` holds only what differs from the batch's options."""
-        host = sys.intern(host)  # once in memory, however many URLs it has
         self.urls.append(url)
-        self.hosts.append(host)
+        self.hosts.append(self._names.setdefault(host, host))  # once in memory, however many URLs it has
         self.host_hashes.append(host_hash(host))
         self.methods.append(request.get("method") if request else None)
         self.requests.append(to_json(request or None))

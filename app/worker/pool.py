@@ -8,7 +8,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -191,7 +191,11 @@ class Pool:
     # Jobs: claimed, refilled, put back
 
     def _has_room(self) -> bool:
-        return self._drain_by is None and not self._recorder.is_full and self._room() > 0
+        return self._drain_by is None and self._may_take() and self._room() > 0
+
+    def _may_take(self) -> bool:
+        """Whether jobs that are taken now could start: else they, and their hosts, are left to other workers."""
+        return not (self._recorder.is_full or self._slots.is_reserved)
 
     def _room(self) -> int:
         """Slots that the held hosts cannot fill."""
@@ -204,7 +208,7 @@ class Pool:
     async def _claim(self) -> None:
         now = time.monotonic()
         room = self._room()
-        if now < self._may_claim_at or room <= 0 or self._recorder.is_full:
+        if now < self._may_claim_at or room <= 0 or not self._may_take():
             return
         settings = self._settings
         self._is_hinted = False
@@ -250,7 +254,10 @@ class Pool:
         now = time.monotonic()
         room = self._refill_room()
         wanted = [(hold, count) for hold in self._holds.values() if (count := hold.wanted(now)) > 0]
-        if not wanted or room <= 0 or self._recorder.is_full:
+        if not wanted:
+            return
+        if room <= 0 or not self._may_take():
+            self._end_idle(hold for hold, _ in wanted)
             return
         # fair shares: the first few hosts would take all the room, and the others leave slots empty
         share = max(1, room // len(wanted))
@@ -263,6 +270,11 @@ class Pool:
             found = taken.get(hold.key, [])
             hold.is_dry = _found_all(found, wanted=count) and len(jobs) < room
             self._slots.supply(hold, found)
+
+    def _end_idle(self, holds: Iterable[Hold]) -> None:
+        """Give hosts back of which nothing runs or waits here, and nothing can: another worker may have room."""
+        for hold in holds:
+            hold.is_ending = hold.is_ending or hold.is_idle
 
     async def _refill_held(self, wanted: Sequence[tuple[Hold, int]], room: int) -> list[ClaimedJob]:
         try:

@@ -147,7 +147,7 @@ class Slots:
         hold = self._suspect
         if hold is None or any(job.is_suspect for job in hold.running.values()):
             return None
-        if hold.is_lost or not hold.waiting or not hold.waiting[0].is_suspect:
+        if hold.is_lost or not hold.waiting or not self._is_startable_suspect(hold.waiting[0]):
             self._suspect = None
             self.make_ready(hold)
             return None
@@ -165,6 +165,11 @@ class Slots:
         elif self._places.try_enter(hold.host):
             self._start_job(hold, time.monotonic())
 
+    @property
+    def is_reserved(self) -> bool:
+        """Whether nothing may start, for a suspect is to run alone or does."""
+        return self._suspect is not None
+
     def make_ready(self, hold: Hold) -> None:
         """Let the host's next job start when it may."""
         if not hold.is_ready and hold.waiting and not hold.is_lost:
@@ -178,7 +183,10 @@ class Slots:
             self.start_ready()
 
     def _may_start(self) -> bool:
-        return not (self.is_full or self._recorder.is_full) and self._suspect is None
+        return not (self.is_full or self._recorder.is_full or self.is_reserved)
+
+    def _is_startable_suspect(self, job: ClaimedJob) -> bool:
+        return job.is_suspect and job.batch_id in self._options  # which may have been forgotten while it waited
 
     def _start_one(self, hold: Hold) -> bool:
         """Start the host's next job if it may; what holds it back makes the host ready again when it is over."""

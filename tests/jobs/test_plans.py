@@ -1,5 +1,6 @@
 """Every hot statement stays on its index, however large the tables are."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
@@ -166,6 +167,16 @@ async def test_the_claim_stays_on_its_indexes(filled: Sessions) -> None:
     steps = await plan(filled, queue.TAKE_JOBS, take)
     assert steps.count("job_claim") >= 2, steps
     assert "job_batch" not in steps
+
+
+async def test_a_release_looks_no_further_than_the_first_batch_that_is_due(filled: Sessions) -> None:
+    async with filled.begin() as session:
+        await session.execute(text("UPDATE job SET shard = 1, host = 'h'"))
+        await session.execute(text("INSERT INTO host (shard, host, next_at) VALUES (1, 'h', now())"))
+    rest = text(f"(ANALYZE, BUFFERS) {leases.REST_HOSTS.text}")
+    steps = await plan(filled, rest, {"shards": [1], "hosts": ["h"], "rests_s": [0.0]})
+    [read] = [int(count) for count in re.findall(r"shared hit=(\d+)", steps.splitlines()[1])]
+    assert read < 100, steps
 
 
 async def test_a_finish_reads_tallies_up_to_the_first_with_work_left(filled: Sessions) -> None:

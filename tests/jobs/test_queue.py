@@ -657,6 +657,22 @@ async def test_parked_hosts_without_jobs_are_forgotten(client: Client, worker: W
     assert await fetch(sessions, "SELECT host FROM host") == [("waiting",)]
 
 
+async def test_a_host_that_was_forgotten_is_not_leased_under_an_old_number(
+    client: Client, worker: Worker, sessions: Sessions
+) -> None:
+    numbers = []
+    for _ in range(2):
+        await client.submit("h")
+        [(lease, [job])] = (await worker.claim()).items()
+        numbers.append(lease.number)
+        await worker.record(success(job))
+        await worker.release(lease)
+        async with sessions.begin() as session:
+            await hosts.forget_parked(session, after=(-1, ""), limit=10)
+        assert not await fetch(sessions, "SELECT 1 FROM host")
+    assert numbers[0] < numbers[1]
+
+
 async def test_a_job_id_tells_its_shard(client: Client) -> None:
     batch_id = await client.submit("example.com", "127.0.0.1:8081")
     for job in await client.jobs(batch_id):

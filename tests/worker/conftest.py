@@ -10,6 +10,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from sqlalchemy import text
 
 from app.fetch.limits import Limits
 from app.fetch.policy import Policy, check_url
@@ -82,13 +83,16 @@ class Service:
             await transport.aclose()
             await resolver.aclose()
 
-    async def submit(self, *urls: str, request: dict[str, Any] | None = None, **options: Any) -> UUID:
+    async def submit(self, *urls: str, request: dict[str, Any] | None = None, crashes: int = 0, **options: Any) -> UUID:
+        """Submit a batch of jobs that were running at so many crashes."""
         batch = NewBatch(id=new_batch_id(), name=None, metadata=None, options=options, skipped=[])
         jobs = NewJobs()
         for target in [check_url(url, POLICY) for url in urls]:
             jobs.add(target.url, target.host, request=request)
         async with self.sessions.begin() as session:
             await queue.enqueue(session, batch, jobs)
+            crashed = "UPDATE job SET attempt = :crashes, lost = :crashes, crashes = :crashes WHERE batch_id = :id"
+            await session.execute(text(crashed), {"crashes": crashes, "id": batch.id})
         return batch.id
 
     async def read(self, batch_id: UUID) -> reads.Batch:

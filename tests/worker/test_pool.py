@@ -231,6 +231,33 @@ async def test_a_suspect_runs_with_no_other_fetch_open(service: Service, session
         assert at_once == [1]
 
 
+async def test_a_worker_that_waits_to_run_a_suspect_leaves_other_hosts_to_others(service: Service) -> None:
+    async with serving() as site, service.worker() as waits:
+        held = await service.submit(site.url("/held"))
+        await site.wait_for_hits(1)
+        suspect = await service.submit(site.url("/suspect", address="127.0.0.2"), crashes=2)
+        await until(lambda: waits._slots.is_reserved)
+        async with service.worker():
+            for _ in range(5):
+                others = await service.submit(*(site.url("/", address=f"127.0.0.{host}") for host in range(3, 30)))
+                waits.wake()
+                await service.finished(others)
+        assert not site.hits["/suspect"]
+        site.gate.set()
+        for batch_id in (held, suspect):
+            assert (await service.finished(batch_id)).counts.succeeded == 1
+
+
+async def test_a_host_that_runs_dry_is_not_kept_by_a_worker_with_no_room_for_more(service: Service) -> None:
+    async with serving() as site, service.worker(slots=5) as worker:
+        paths = [*(f"/{number}" for number in range(100)), *(f"/held/{number}" for number in range(100))]
+        await service.submit(*(site.url(path) for path in paths))
+        await until(lambda: worker._refill_room() <= 0 and site.hits["/held/0"])
+        other = await service.submit(*(site.url(f"/{number}", address="127.0.0.2") for number in range(5)))
+        assert (await service.finished(other)).counts.succeeded == 5
+        assert not site.closed_early  # what is held still is
+
+
 async def test_an_accused_job_is_convicted_without_another_fetch(service: Service, sessions: Sessions) -> None:
     async with serving() as site:
         batch_id = await service.submit(site.url("/poison"), site.url("/innocent"))
@@ -365,10 +392,10 @@ async def test_a_host_that_refuses_is_tried_by_one_fetch_at_a_time(service: Serv
             assert (await service.finished(batch_id)).counts.succeeded == 40
 
 
-async def host_lease(sessions: Sessions) -> int:
-    """How often the only host there is was claimed so far."""
+async def lease_count(sessions: Sessions) -> int:
+    """Under how many leases all jobs ran."""
     async with sessions.begin() as session:
-        return int((await session.execute(text("SELECT lease FROM host"))).scalar_one())
+        return int(await session.scalar(text("SELECT count(DISTINCT lease) FROM job")) or 0)
 
 
 async def test_a_host_is_kept_while_there_are_batches_that_a_turn_did_not_look_at(
@@ -379,13 +406,13 @@ async def test_a_host_is_kept_while_there_are_batches_that_a_turn_did_not_look_a
         async with service.worker(slots=150, host_concurrency=150):
             for batch_id in ids:
                 await service.finished(batch_id)
-    assert await host_lease(sessions) == 1
+    assert await lease_count(sessions) == 1
 
 
 async def test_a_host_with_a_delay_is_kept_between_its_fetches(service: Service, sessions: Sessions) -> None:
     async with serving() as site, service.worker(host_delay_s=0.05):
         await service.finished(await service.submit(*(site.url(f"/{number}") for number in range(20))))
-    assert await host_lease(sessions) == 1
+    assert await lease_count(sessions) == 1
 
 
 async def test_a_host_goes_on_when_its_renewal_comes_late_but_in_time(service: Service) -> None:

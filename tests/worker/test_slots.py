@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
+from uuid import uuid4
 
 import pytest
 
@@ -70,6 +71,18 @@ async def test_a_suspect_that_is_lost_holds_up_nothing_though_others_run(slots: 
     assert slots.next_suspect() is None
     slots.start_ready()
     assert slots.unknown == {other.batch_id}  # looked at again, to be started
+
+
+async def test_a_suspect_whose_options_were_forgotten_waits_for_them_again(
+    slots: Slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.worker.slots.BATCH_OPTIONS_MAX", 2)
+    _, suspect = await _await_suspect(slots)
+    slots.learn_options({uuid4(): {} for _ in range(3)})
+    slots.learn_options({})
+    assert slots.next_suspect() is None
+    slots.start_ready()
+    assert slots.unknown == {suspect.batch_id}
 
 
 async def _await_suspect(slots: Slots) -> tuple[Hold, ClaimedJob]:
