@@ -30,7 +30,7 @@ from app.api.schemas import (
 )
 from app.api.waiting import WaitAsked, applied
 from app.jobs import batches, hints, queue, reads
-from app.jobs.database import DATABASE_ERRORS, is_conflict, is_passing
+from app.jobs.database import DATABASE_ERRORS, is_conflict, is_passing, reason
 from app.jobs.values import NewBatch
 from app.outcome import FailureCode
 
@@ -141,11 +141,9 @@ async def create_batch(
     batch_id, stored = await _store(request, context, idempotency_key)
     await _hint(context)
     headers = {"Location": f"/v1/batches/{batch_id}"}
-    if wait_s is None:
+    seen = None if wait_s is None else await _wait_until_finished(request, context, batch_id=batch_id, wait_s=wait_s)
+    if seen is None:
         return _show(stored, status=202, headers=headers)
-    seen = await context.waits.until(
-        lambda: _look(context, batch_id), lambda seen: seen.is_finished, wait_s=wait_s, request=request
-    )
     return _show(seen, status=200 if seen.is_finished else 202, headers={**headers, **applied(wait_s)})
 
 
@@ -353,6 +351,22 @@ async def _hint(context: Context) -> None:
         if not is_passing(error):
             raise
         logger.warning("The workers could not be woken; they look by themselves: %s", type(error).__name__)
+
+
+async def _wait_until_finished(request: Request, context: Context, *, batch_id: UUID, wait_s: int) -> Seen | None:
+    """Look until the batch is finished or time is up; None when the database cannot answer now.
+
+    The batch is stored already: a 503 would make a client send it again, and every URL would be fetched twice.
+    """
+    try:
+        return await context.waits.until(
+            lambda: _look(context, batch_id), lambda seen: seen.is_finished, wait_s=wait_s, request=request
+        )
+    except DATABASE_ERRORS as error:
+        if not is_passing(error):
+            raise
+        logger.warning("A stored batch could not be waited for: %s", reason(error))
+        return None
 
 
 async def _look(context: Context, batch_id: UUID) -> Seen:

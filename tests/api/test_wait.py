@@ -5,15 +5,24 @@ import time
 from uuid import UUID
 
 import httpx2
+import pytest
 from fastapi import FastAPI
+from sqlalchemy import make_url, text
 
 from app.api.application import stop_waiting
 from app.api.context import Context
 from app.api.waiting import Waits
+from app.jobs import database
+from app.jobs.database import make_engine, make_sessions
 from tests.api.conftest import AppMaker, calling, served
+from tests.databases import connect
 from tests.jobs.actors import Client as Reader
 from tests.jobs.actors import Worker, success
 from tests.waiting import until
+
+NOWHERE = "postgresql://postgres@127.0.0.1:9/none"
+BODY = {"urls": ["https://example.com/"]}
+WAIT = {"Prefer": "wait=30"}
 
 
 def waits_of(app: FastAPI) -> Waits:
@@ -29,6 +38,14 @@ async def run(worker: Worker, reader: Reader, batch_id: UUID) -> None:
     [[job]] = (await worker.claim()).values()
     await worker.record(success(job))
     await reader.finish(batch_id)
+
+
+async def assert_accepted(response: httpx2.Response, reader: Reader) -> None:
+    """It is answered as a batch that was not waited for, and is stored as it says."""
+    assert (response.status_code, response.json()["status"]) == (202, "queued")
+    assert response.headers["Location"] == f"/v1/batches/{response.json()['id']}"
+    assert "Preference-Applied" not in response.headers
+    assert (await reader.read(UUID(response.json()["id"]))).counts.queued == 1
 
 
 async def test_a_wait_ends_with_the_batch(
@@ -140,3 +157,44 @@ async def test_waiting_holds_no_connection(make_app: AppMaker, reader: Reader) -
             assert (await api.get(f"/v1/batches/{batch_id}")).status_code == 200
         stop_waiting(app)
         assert {response.status_code for response in await asyncio.gather(*waiting)} == {200}
+
+
+async def test_a_stored_batch_is_accepted_when_the_wait_cannot_reach_the_database(
+    make_app: AppMaker, reader: Reader
+) -> None:
+    engine = make_engine(NOWHERE)
+    async with calling(make_app(readers=make_sessions(engine))) as api:
+        first = await api.post("/v1/batches", json=BODY, headers={**WAIT, "Idempotency-Key": "first"})
+        again = await api.post("/v1/batches", json=BODY, headers={**WAIT, "Idempotency-Key": "first"})
+    await assert_accepted(first, reader)
+    assert (again.status_code, again.content) == (202, first.content)
+    await engine.dispose()
+
+
+async def test_a_stored_batch_is_accepted_when_the_wait_finds_no_free_connection(
+    make_app: AppMaker, reader: Reader, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "POOL_TIMEOUT_S", 0.1)
+    engine = make_engine(database_url, pool_size=1)
+    readers = make_sessions(engine)
+    async with calling(make_app(readers=readers)) as api, readers.begin() as session:
+        await session.execute(text("SELECT 1"))
+        response = await api.post("/v1/batches", json=BODY, headers=WAIT)
+    await assert_accepted(response, reader)
+    await engine.dispose()
+
+
+async def test_a_stored_batch_is_accepted_when_postgresql_goes_down_during_the_wait(
+    app: FastAPI, api: httpx2.AsyncClient, reader: Reader, server_url: str, database_url: str
+) -> None:
+    waiting = asyncio.create_task(api.post("/v1/batches", json=BODY, headers=WAIT))
+    await until_waiting(app)
+    administrator = await connect(server_url)
+    name = make_url(database_url).database
+    await administrator.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
+    await administrator.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", name)
+    async with asyncio.timeout(10):
+        response = await waiting
+    await administrator.execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
+    await administrator.close()
+    await assert_accepted(response, reader)
