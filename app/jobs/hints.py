@@ -43,12 +43,16 @@ class Listener:
     async def _hear_until_lost(self, url: str, wake_all: Callable[..., None]) -> None:
         """Ask now and then whether the connection lives: one that died silently would just never hint again."""
         connection = await connect(url)
+        closed = asyncio.Event()
+        connection.add_termination_listener(lambda _: closed.set())
         try:
             await connection.add_listener(CHANNEL, wake_all)
             self.is_hearing = True
             wake_all()
             while True:
-                await asyncio.sleep(ASK_S)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(ASK_S):
+                        await closed.wait()
                 await connection.execute("SELECT 1")
         finally:
             self.is_hearing = False

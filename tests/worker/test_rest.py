@@ -69,7 +69,10 @@ async def test_a_retry_starts_when_it_is_due_without_a_hint(service: Service, da
         assert (await service.finished(batch_id)).counts.succeeded == 1
 
 
-async def test_a_worker_that_loses_its_connection_looks_by_itself(service: Service, database_url: str) -> None:
+async def test_a_worker_that_loses_its_connection_looks_by_itself(
+    service: Service, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hints, "ASK_S", 3600.0)
     async with serving() as site, service.worker(hears_at=database_url):
         async with service.sessions.begin() as session:
             listening = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"
