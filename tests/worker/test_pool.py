@@ -237,11 +237,12 @@ async def test_a_worker_that_waits_to_run_a_suspect_leaves_other_hosts_to_others
         await site.wait_for_hits(1)
         suspect = await service.submit(site.url("/suspect", address="127.0.0.2"), crashes=2)
         await until(lambda: waits._slots.is_reserved)
-        async with service.worker():
+        async with service.worker() as other:
             for _ in range(5):
-                others = await service.submit(*(site.url("/", address=f"127.0.0.{host}") for host in range(3, 30)))
+                batch_id = await service.submit(*(site.url("/", address=f"127.0.0.{host}") for host in range(3, 30)))
                 waits.wake()
-                await service.finished(others)
+                other.wake()
+                await service.finished(batch_id)
         assert not site.hits["/suspect"]
         site.gate.set()
         for batch_id in (held, suspect):
