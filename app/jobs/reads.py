@@ -5,7 +5,7 @@ counting jobs, so that a batch of a million costs what one of ten does.
 """
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
@@ -249,14 +249,16 @@ async def get_job(session: AsyncSession, job_id: UUID) -> JobDetail | None:
     row = (await session.execute(ONE_JOB, keys)).first()
     if row is None:
         return None
-    earlier = [_attempt(attempt) for attempt in await session.execute(ATTEMPTS, keys)]
+    attempts = [*await session.execute(ATTEMPTS, keys)]
+    if row.finished_at is not None and row.evidence is not None:  # it was fetched; that attempt is on the job's own row
+        attempts.append(row)
     evidence = row.evidence or {}
     return JobDetail(
         **_job_fields(row),
         request_header_names=_header_names(row),
         response_headers=evidence.get("headers"),
         evidence=_fetch_evidence(evidence) if row.finished_at and evidence else None,
-        attempts_made=_numbered([*earlier, *_last_attempt(row)]),
+        attempts_made=[_attempt(each, number) for number, each in enumerate(attempts, start=1)],
     )
 
 
@@ -303,9 +305,10 @@ def _header_names(row: Row[Any]) -> list[str]:
     return sorted({*own, *shared}, key=str.lower)
 
 
-def _attempt(row: Row[Any]) -> Attempt:
+def _attempt(row: Row[Any], number: int) -> Attempt:
+    """Put an attempt down; clients count from 1 those they are told of, without what was put back before it started."""
     return Attempt(
-        number=0,
+        number=number,
         error=row.error,
         error_detail=row.error_detail,
         http_status=row.http_status,
@@ -313,16 +316,6 @@ def _attempt(row: Row[Any]) -> Attempt:
         finished_at=row.finished_at,
         evidence=_fetch_evidence(row.evidence or {}),
     )
-
-
-def _last_attempt(row: Row[Any]) -> list[Attempt]:
-    """The attempt that finished the job is on the job's own row; a job cancelled in the queue has none."""
-    return [] if row.finished_at is None or row.evidence is None else [_attempt(row)]
-
-
-def _numbered(attempts: list[Attempt]) -> list[Attempt]:
-    """Count the attempts clients are told of, from 1; those put back before they started are not among them."""
-    return [replace(attempt, number=number) for number, attempt in enumerate(attempts, start=1)]
 
 
 def _fetch_evidence(stored: dict[str, Any]) -> dict[str, Any]:

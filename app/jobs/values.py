@@ -9,6 +9,8 @@ from uuid import UUID
 from app.jobs.ids import host_hash
 
 CRASHES_OF_SUSPECT = 2
+NO_EVIDENCE = "{}"
+"""Of a fetch that began, and of which nothing is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +125,7 @@ class Result:
     """What an attempt came to, as it shall be stored.
 
     `status` is `succeeded`, `failed` or `cancelled`, or `queued` for a retry in `delay_s` seconds. `body` is as stored,
-    under `encoding`; `evidence` is JSON text.
+    under `encoding`; `evidence` is JSON text, `None` when nothing was fetched.
     """
 
     job: ClaimedJob

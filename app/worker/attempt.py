@@ -11,7 +11,7 @@ from pydantic_core import to_json
 from app.fetch.http import fetch
 from app.fetch.transport import Transport
 from app.jobs import bodies
-from app.jobs.values import ClaimedJob, Result, Returned
+from app.jobs.values import NO_EVIDENCE, ClaimedJob, Result, Returned
 from app.outcome import Evidence, Failure, FailureCode, Outcome, Response
 from app.worker import retry
 from app.worker.options import JobOptions
@@ -39,9 +39,10 @@ async def run(
     return outcome, await _result(job, outcome, verdict, places=transport.decoders.places)
 
 
-def cancelled(job: ClaimedJob) -> Result:
-    """The result of a job that its client cancelled while this worker had it."""
-    return Result(job=job, status="cancelled", error=FailureCode.CANCELLED)
+def cancelled(job: ClaimedJob, *, was_running: bool) -> Result:
+    """The result of a job that its client cancelled while this worker had it, running or not."""
+    evidence = NO_EVIDENCE if was_running else None
+    return Result(job=job, status="cancelled", error=FailureCode.CANCELLED, evidence=evidence)
 
 
 def interrupted(job: ClaimedJob, code: FailureCode) -> Result:
@@ -52,6 +53,7 @@ def interrupted(job: ClaimedJob, code: FailureCode) -> Result:
         error=code,
         error_detail=f"The worker cut this request off, which may have been sent, because {CUT_OFF_WHEN[code]}. "
         "Set the option retry_unsafe to have such methods sent again.",
+        evidence=NO_EVIDENCE,
     )
 
 
@@ -78,6 +80,7 @@ def broken(job: ClaimedJob) -> Result:
         status="failed",
         error=FailureCode.INTERNAL_ERROR,
         error_detail="A fault of the service ended this attempt; the operator finds it in the log under the job's id.",
+        evidence=NO_EVIDENCE,
     )
 
 

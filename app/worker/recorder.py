@@ -9,7 +9,7 @@ from contextlib import suppress
 from app.jobs import batches, database, leases, queue
 from app.jobs.database import DATABASE_ERRORS, Sessions, is_refused_value
 from app.jobs.leases import BackOff
-from app.jobs.values import ClaimedJob, Result, Returned
+from app.jobs.values import NO_EVIDENCE, ClaimedJob, Result, Returned
 from app.outcome import FailureCode
 
 FLUSH_PAUSE_S = 0.05
@@ -189,4 +189,5 @@ def _unstorable(result: Result) -> Result:
         status="failed",
         error=FailureCode.STORAGE_ERROR,
         error_detail="What came back could not be stored; the operator finds the reason in the log.",
+        evidence=None if result.evidence is None else NO_EVIDENCE,
     )

@@ -114,7 +114,7 @@ class Slots:
         self.supply(hold, [job for job in waiting if job.batch_id not in self._cancelled])
         for job in waiting:
             if job.batch_id in self._cancelled:
-                self._offer(hold, attempt.cancelled(job))
+                self._offer(hold, attempt.cancelled(job, was_running=False))
         for task, job in hold.running.items():
             if job.batch_id in self._cancelled:
                 task.cancel()
@@ -274,7 +274,7 @@ class Slots:
         """This worker cancelled the fetch: for the client, because the lease is lost, or at the end of the grace."""
         code = FailureCode.LEASE_LOST if hold.is_lost else FailureCode.SHUTDOWN_INTERRUPTED
         if job.batch_id in self._cancelled:
-            self._offer(hold, attempt.cancelled(job))
+            self._offer(hold, attempt.cancelled(job, was_running=True))
         elif job.repeatable:
             self._return(hold, [attempt.returned(job, code)])
         else:

@@ -313,6 +313,8 @@ async def test_a_result_that_cannot_be_stored_fails_its_job_alone(service: Servi
         batch = await service.finished(batch_id)
         assert batch.counts.succeeded == 2
         assert batch.errors == {"storage_error": 1}
+        [odd] = [job for job in await service.jobs(batch_id) if job.error]
+        assert [made.error for made in (await service.job(odd.id)).attempts_made] == ["storage_error"]
 
 
 async def test_a_result_refused_in_every_form_holds_up_no_other(service: Service, sessions: Sessions) -> None:
@@ -338,6 +340,7 @@ async def test_a_post_that_runs_when_its_worker_is_stopped_is_not_sent_again(ser
         assert site.hits == Counter({"/held/1": 1})
         [job] = await service.jobs(batch_id)
         assert (job.status, job.error) == ("failed", "shutdown_interrupted")
+        assert [made.error for made in (await service.job(job.id)).attempts_made] == ["shutdown_interrupted"]
 
 
 async def test_the_shortest_lease_is_renewed_in_time(service: Service) -> None:
