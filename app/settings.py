@@ -216,9 +216,11 @@ class Settings(BaseSettings):
     @classmethod
     def _servers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for server in value:
-            bracketed = re.fullmatch(r"\[(.+)\](?::\d+)?", server)
-            address = bracketed[1] if bracketed else re.sub(r"^([^:]+):\d+$", r"\1", server)
+            split = re.fullmatch(r"(?:\[(.+)\]|([^:]+))(?::([0-9]+))?", server)  # an IPv6 address alone is not split
+            address, port = (split[1] or split[2], split[3]) if split else (server, None)
             ip_address(address)
+            if port is not None and not 1 <= int(port) <= 65_535:
+                raise ValueError("a port is a number from 1 to 65535")
         return value
 
     @field_validator("database_url")

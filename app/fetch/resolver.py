@@ -97,8 +97,7 @@ async def addresses(target: Target, resolver: "Resolver", policy: Policy) -> tup
 class Resolver:
     """One per process; made and closed inside its event loop.
 
-    `servers` are `address` or `address:port`, IPv6 with a port in brackets; none means the system's. Raises
-    `ValueError` for anything else.
+    `servers` are `address` or `address:port`, IPv6 with a port in brackets; none means the system's.
     """
 
     def __init__(
@@ -199,17 +198,12 @@ class Resolver:
         self._channel_until = time.monotonic() + CHANNEL_S_MAX
 
     def _open_channel(self) -> aiodns.DNSResolver:
-        try:
-            return aiodns.DNSResolver(
-                nameservers=self._servers or None,
-                loop=asyncio.get_running_loop(),
-                timeout=min(_FIRST_TIMEOUT_S, self._dns_timeout_s),
-                tries=_tries(self._dns_timeout_s),
-            )
-        except pycares.AresError as error:
-            raise ValueError(
-                "FETCHPOOL_DNS_SERVERS must be a list of addresses, each with a port or without: 192.0.2.1:53"
-            ) from error
+        return aiodns.DNSResolver(
+            nameservers=self._servers or None,
+            loop=asyncio.get_running_loop(),
+            timeout=min(_FIRST_TIMEOUT_S, self._dns_timeout_s),
+            tries=_tries(self._dns_timeout_s),
+        )
 
 
 class _Hosts:

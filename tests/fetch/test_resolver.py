@@ -225,12 +225,6 @@ async def test_closing_ends_those_who_wait() -> None:
             await resolver.aclose()
 
 
-@pytest.mark.parametrize("servers", [["nonsense"], ["127.0.0.1:port"], ["dns.example"]])
-async def test_a_name_server_must_be_an_address(servers: list[str]) -> None:
-    with pytest.raises(ValueError, match="FETCHPOOL_DNS_SERVERS"):
-        Resolver(servers=servers)
-
-
 async def test_a_name_server_may_be_ipv6_with_or_without_a_port() -> None:
     resolver = Resolver(servers=["::1", "[::1]:5353", "127.0.0.1", "127.0.0.1:5353"])
     await resolver.aclose()
