@@ -295,13 +295,6 @@ def _claimed(row: Row[Any]) -> ClaimedJob:
     )
 
 
-async def _count_moves(session: AsyncSession, keys: Iterable[tallies.Key], *, leaving: str, entering: str) -> None:
-    changes: dict[tallies.Key, Change] = defaultdict(Change)
-    for key in keys:
-        changes[key].move(leaving, entering)
-    await tallies.change(session, changes)
-
-
 # Each row is found by its key, in key order (LATERAL): joined, tables of some 10,000 jobs were read whole for every few
 # hundred results. The status it leaves is that of the locked row: named on `job` itself, it would lead the planner to
 # `job_running`, which is by host, instead of to the key.
@@ -465,11 +458,58 @@ CLEAR_OF_CRASH = text("""
     WHERE job.shard = cleared.shard AND job.id = cleared.job_id AND job.finished_at IS NULL
 """)
 
+
+async def give_back(session: AsyncSession, returned: Sequence[Returned]) -> None:
+    """Put claimed jobs back into the queue without charging the attempt: they had not started, or were cut off.
+
+    A job that was rescued from this worker meanwhile is cleared of the crash it was charged with: the worker lives, and
+    only slept, or could not reach the database.
+    """
+    jobs = [one.job for one in returned]
+    result = await session.execute(
+        GIVE_BACK,
+        {
+            "shards": [job.shard for job in jobs],
+            "ids": [job.id for job in jobs],
+            "leases": [job.lease for job in jobs],
+            "attempts": [job.attempt for job in jobs],
+            "errors": [one.error for one in returned],
+            "details": [one.error_detail for one in returned],
+        },
+    )
+    keys = [(row.shard, row.batch_id) for row in result]
+    if len(keys) < len(jobs):
+        await session.execute(
+            CLEAR_OF_CRASH,
+            {
+                "shards": [job.shard for job in jobs],
+                "ids": [job.id for job in jobs],
+                "attempts": [job.attempt for job in jobs],
+            },
+        )
+    await _count_moves(session, keys, leaving="running", entering="queued")
+
+
 RUN_ALONE = text("""
     UPDATE job SET alone = true
     WHERE shard = :shard AND id = :id AND status = 'running' AND lease = :lease AND attempt = :attempt
     RETURNING true
 """)
+
+
+async def run_alone(session: AsyncSession, job: ClaimedJob) -> bool:
+    """Note that a suspect now runs with no other fetch open; `False` when it is no longer this worker's.
+
+    Should its lease be lost from here on, nothing else can be to blame, unless its worker is heard of again.
+    """
+    values = {"shard": job.shard, "id": job.id, "lease": job.lease, "attempt": job.attempt}
+    return bool(await session.scalar(RUN_ALONE, values))
+
+
+CRASHED_DETAIL = (
+    "The worker was lost while it may have sent this request. "
+    "Set the option retry_unsafe to have such methods sent again."
+)
 
 # A lease that ended with the server it was on says nothing about its worker.
 RESCUE = text(f"""
@@ -504,70 +544,6 @@ RESCUE = text(f"""
     )
     SELECT shard, batch_id, status, error FROM rescued
 """)
-
-CRASHED_DETAIL = (
-    "The worker was lost while it may have sent this request. "
-    "Set the option retry_unsafe to have such methods sent again."
-)
-
-# The status is asked of the rows that were found by position, then of those that are locked: named on `job` itself, it
-# led the planner to read all queued jobs for each of the chosen ones, when statistics said that there are hardly any.
-CANCEL_QUEUED = text("""
-    WITH part AS MATERIALIZED (
-        SELECT shard, id, status FROM job WHERE batch_id = :batch_id AND position >= :start AND position < :stop
-    ), locked AS MATERIALIZED (
-        SELECT waiting.shard, waiting.id, job.left_status
-        FROM (SELECT * FROM part WHERE status = 'queued' ORDER BY shard, id) AS waiting
-        CROSS JOIN LATERAL (
-            SELECT status AS left_status FROM job
-            WHERE job.shard = waiting.shard AND job.id = waiting.id FOR UPDATE SKIP LOCKED
-        ) AS job
-    )
-    UPDATE job SET status = 'cancelled', finished_at = now(), error = 'cancelled', error_detail = NULL,
-        http_status = NULL, evidence = NULL
-    FROM locked WHERE job.shard = locked.shard AND job.id = locked.id AND locked.left_status = 'queued'
-    RETURNING job.shard
-""")
-
-
-async def give_back(session: AsyncSession, returned: Sequence[Returned]) -> None:
-    """Put claimed jobs back into the queue without charging the attempt: they had not started, or were cut off.
-
-    A job that was rescued from this worker meanwhile is cleared of the crash it was charged with: the worker lives, and
-    only slept, or could not reach the database.
-    """
-    jobs = [one.job for one in returned]
-    result = await session.execute(
-        GIVE_BACK,
-        {
-            "shards": [job.shard for job in jobs],
-            "ids": [job.id for job in jobs],
-            "leases": [job.lease for job in jobs],
-            "attempts": [job.attempt for job in jobs],
-            "errors": [one.error for one in returned],
-            "details": [one.error_detail for one in returned],
-        },
-    )
-    keys = [(row.shard, row.batch_id) for row in result]
-    if len(keys) < len(jobs):
-        await session.execute(
-            CLEAR_OF_CRASH,
-            {
-                "shards": [job.shard for job in jobs],
-                "ids": [job.id for job in jobs],
-                "attempts": [job.attempt for job in jobs],
-            },
-        )
-    await _count_moves(session, keys, leaving="running", entering="queued")
-
-
-async def run_alone(session: AsyncSession, job: ClaimedJob) -> bool:
-    """Note that a suspect now runs with no other fetch open; `False` when it is no longer this worker's.
-
-    Should its lease be lost from here on, nothing else can be to blame, unless its worker is heard of again.
-    """
-    values = {"shard": job.shard, "id": job.id, "lease": job.lease, "attempt": job.attempt}
-    return bool(await session.scalar(RUN_ALONE, values))
 
 
 async def rescue(session: AsyncSession, lost: Sequence[Lost], *, lease_s: float) -> None:
@@ -607,6 +583,26 @@ async def _count(session: AsyncSession, rescued: Sequence[Row[Any]], *, taken: S
     await tallies.count_outcomes(session, outcomes)
 
 
+# The status is asked of the rows that were found by position, then of those that are locked: named on `job` itself, it
+# led the planner to read all queued jobs for each of the chosen ones, when statistics said that there are hardly any.
+CANCEL_QUEUED = text("""
+    WITH part AS MATERIALIZED (
+        SELECT shard, id, status FROM job WHERE batch_id = :batch_id AND position >= :start AND position < :stop
+    ), locked AS MATERIALIZED (
+        SELECT waiting.shard, waiting.id, job.left_status
+        FROM (SELECT * FROM part WHERE status = 'queued' ORDER BY shard, id) AS waiting
+        CROSS JOIN LATERAL (
+            SELECT status AS left_status FROM job
+            WHERE job.shard = waiting.shard AND job.id = waiting.id FOR UPDATE SKIP LOCKED
+        ) AS job
+    )
+    UPDATE job SET status = 'cancelled', finished_at = now(), error = 'cancelled', error_detail = NULL,
+        http_status = NULL, evidence = NULL
+    FROM locked WHERE job.shard = locked.shard AND job.id = locked.id AND locked.left_status = 'queued'
+    RETURNING job.shard
+""")
+
+
 async def cancel_queued(session: AsyncSession, batch_id: UUID, *, start: int, stop: int) -> int:
     """Cancel a batch's queued jobs at positions `start` to `stop - 1`; return how many.
 
@@ -618,3 +614,10 @@ async def cancel_queued(session: AsyncSession, batch_id: UUID, *, start: int, st
     await _count_moves(session, ((shard, batch_id) for shard in shards), leaving="queued", entering="cancelled")
     await tallies.count_outcomes(session, outcomes)
     return len(shards)
+
+
+async def _count_moves(session: AsyncSession, keys: Iterable[tallies.Key], *, leaving: str, entering: str) -> None:
+    changes: dict[tallies.Key, Change] = defaultdict(Change)
+    for key in keys:
+        changes[key].move(leaving, entering)
+    await tallies.change(session, changes)
