@@ -141,7 +141,7 @@ MEANINGS: Mapping[FailureCode, str] = {
     FailureCode.LEASE_LOST: "The worker was not heard of any more; the attempt was closed for it.",
     FailureCode.WORKER_CRASHED: "The worker ended while the job ran.",
     FailureCode.POISONED: "Three workers were lost while they ran this job, the last one with nothing else to run.",
-    FailureCode.SHUTDOWN_INTERRUPTED: "The service stopped while the job ran: put back, unless it must not be repeated.",
+    FailureCode.SHUTDOWN_INTERRUPTED: "The service stopped while the job ran: put back if it may be repeated.",
     FailureCode.STORAGE_ERROR: "The result could not be stored.",
     FailureCode.INTERNAL_ERROR: "A fault of this service; its log says more.",
 }

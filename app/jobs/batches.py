@@ -12,6 +12,8 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 IDEMPOTENCY_KEPT_S = 24 * 3600
+ERASE_BYTES_MAX = 64 * 2**20
+"""Of bodies in one statement, some 32,000 rows of TOAST: far within its time."""
 
 LOCK_KEY = text("SELECT pg_try_advisory_xact_lock(hashtextextended(:key, 0))")
 FREE_OLD_KEY = text("""
@@ -174,9 +176,20 @@ async def list_deleted(session: AsyncSession, *, limit: int) -> list[UUID]:
     return [row.id for row in await session.execute(DELETED, {"limit": limit})]
 
 
+# The size of a body is on its row, wherever its content is.
 ERASE_JOBS = text("""
-    WITH chosen AS MATERIALIZED (
-        SELECT shard, id FROM job WHERE batch_id = :batch_id ORDER BY position LIMIT :limit
+    WITH first AS MATERIALIZED (
+        SELECT shard, id, body_sha256, position FROM job WHERE batch_id = :batch_id ORDER BY position LIMIT :limit
+    ), sized AS (
+        SELECT first.*, size_bytes, sum(size_bytes) OVER (ORDER BY position) AS sum_bytes
+        FROM first CROSS JOIN LATERAL (
+            SELECT coalesce((
+                SELECT octet_length(content) FROM body
+                WHERE body.shard = first.shard AND body.sha256 = first.body_sha256
+            ), 0) AS size_bytes
+        ) AS content
+    ), chosen AS MATERIALIZED (
+        SELECT shard, id FROM sized WHERE sum_bytes - size_bytes < :bytes_max
     ), locked AS MATERIALIZED (
         SELECT job.shard, job.id FROM job JOIN chosen ON job.shard = chosen.shard AND job.id = chosen.id
         ORDER BY job.shard, job.id FOR UPDATE OF job
@@ -215,13 +228,15 @@ ERASE_REST = (
 )
 
 
-async def erase(session: AsyncSession, batch_id: UUID, *, limit: int) -> int:
+async def erase(session: AsyncSession, batch_id: UUID, *, limit: int, bytes_max: int = ERASE_BYTES_MAX) -> int:
     """Erase up to `limit` jobs of a deleted batch with the bodies no other job has; return how many.
+
+    Fewer once their bodies exceed `bytes_max`: a statement of thousands of large ones would not end in time, ever.
 
     When none was left, the batch itself is erased. Of two that do this at once, one finds nothing of what it looked
     for, though there may be more: it leaves the rest to the other, or to the next round.
     """
-    rows = (await session.execute(ERASE_JOBS, {"batch_id": batch_id, "limit": limit})).all()
+    rows = (await session.execute(ERASE_JOBS, {"batch_id": batch_id, "limit": limit, "bytes_max": bytes_max})).all()
     if not rows:
         if not await session.scalar(HAS_JOBS, {"batch_id": batch_id}):
             for statement in ERASE_REST:

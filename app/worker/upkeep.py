@@ -7,6 +7,7 @@ import asyncio
 import logging
 import random
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from app.jobs import batches, database, hints, hosts, queue
@@ -71,23 +72,28 @@ class Upkeep:
         self._is_resting = False
         async with self._readers() as session:
             chores = await batches.find_chores(session)
-        now = time.monotonic()
-        if chores.has_unfinished:
-            await self._cancel_batches()
-            if now >= self._finish_at:
-                await self._finish_batches()
-                self._finish_at = now + FINISH_EVERY_S
-        if chores.has_deleted:
-            await self._erase_batches()
-        if now >= self._sweep_at:
-            await self._sweep(chores)
-            self._sweep_at = now + SWEEP_EVERY_S
+        for chore in self._due(chores):
+            try:
+                await chore()
+            except DATABASE_ERRORS as error:  # one that always fails must not keep the others undone
+                database.log_failure(logger, "Upkeep leaves a chore for later", error)
         self._is_resting = not (chores.has_unfinished or chores.has_deleted)
 
-    async def _sweep(self, chores: Chores) -> None:
-        if chores.has_unfinished:
-            await self._rescue_stranded()
-        await self._forget_hosts()
+    def _due(self, chores: Chores) -> list[Callable[[], Awaitable[None]]]:
+        now = time.monotonic()
+        is_finish_due, is_sweep_due = now >= self._finish_at, now >= self._sweep_at
+        if is_finish_due:
+            self._finish_at = now + FINISH_EVERY_S
+        if is_sweep_due:
+            self._sweep_at = now + SWEEP_EVERY_S
+        due = (
+            (self._cancel_batches, chores.has_unfinished),
+            (self._finish_batches, chores.has_unfinished and is_finish_due),
+            (self._erase_batches, chores.has_deleted),
+            (self._rescue_stranded, chores.has_unfinished and is_sweep_due),
+            (self._forget_hosts, is_sweep_due),
+        )
+        return [chore for chore, is_due in due if is_due]
 
     async def _cancel_batches(self) -> None:
         """Cancel what is still in the queue of cancelled batches, chunk by chunk."""

@@ -131,7 +131,7 @@ STATEMENTS: list[tuple[str, TextClause, Mapping[str, Any]]] = [
     ("find finishable", batches.FINISHABLE, {"limit": 100}),
     ("find those being cancelled", batches.CANCELLING, {"limit": 100}),
     *((f"erase the rest ({number})", each, {"batch_id": uuid4()}) for number, each in enumerate(batches.ERASE_REST)),
-    ("erase jobs", batches.ERASE_JOBS, {"batch_id": uuid4(), "limit": 100}),
+    ("erase jobs", batches.ERASE_JOBS, {"batch_id": uuid4(), "limit": 100, "bytes_max": 2**20}),
     ("erase bodies", batches.ERASE_BODIES, {"shards": [1], "sha256s": [b"1" * 32]}),
     ("read a batch", reads.ONE_BATCH, {"id": uuid4()}),
     ("list batches", reads.MANY_BATCHES, {"limit": 50, "before": uuid4(), "status": None}),

@@ -623,6 +623,21 @@ async def test_deleting_hides_at_once_and_erases_only_unshared_bodies(
     assert await fetch(sessions, "SELECT id FROM batch") == [(kept,)]
 
 
+async def test_large_bodies_are_erased_a_few_at_a_time(client: Client, worker: Worker, sessions: Sessions) -> None:
+    batch_id = await client.submit(*["h"] * 6)
+    _, jobs = await worker.claim_one()
+    # in the order of their positions: what is within the bound, and one more
+    for job, kib in zip(sorted(jobs, key=lambda job: job.url), (3, 3, 3, 20, 1, 0), strict=True):
+        await worker.record(success(job, bytes([kib]) * kib * 1024 + job.id.bytes))
+    await client.finish(batch_id)
+    await client.delete(batch_id)
+    for count in (2, 2, 2, 0):
+        async with sessions.begin() as session:
+            assert await batches.erase(session, batch_id, limit=100, bytes_max=5 * 1024) == count
+    assert await fetch(sessions, "SELECT 1 FROM body") == []
+    assert await fetch(sessions, "SELECT 1 FROM batch") == []
+
+
 async def test_a_body_stored_while_it_is_erased_is_not_lost(client: Client, sessions: Sessions) -> None:
     doomed, kept = await client.submit("h"), await client.submit("h")
     worker = Worker(sessions)
