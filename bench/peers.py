@@ -137,7 +137,7 @@ class Running:
         await database.close()
         if bad_count:
             raise Broken(f"{self._peer.name} stored {bad_count} wrong pages")
-        spent = {part: after[part] - before[part] for part in after}
+        spent = usage.spent_s(before, after)
         return Sample(len(urls), wall_s, sum(spent.values()), spent)
 
     async def _wait_until_stored(self, database: asyncpg.Connection, count: int) -> None:

@@ -91,7 +91,7 @@ def _gets(service: "Service | _BareApi", path: str, count: int, *, pause_s: floa
         looking.ask_some(service.url, path, count=WARM_UP, answers=Answers())
         answers, cpu_before = Answers(), service.cpu_s()
         looking.ask_some(service.url, path, count=count, answers=answers, pause_s=pause_s)
-        spent = {part: cpu_s - cpu_before.get(part, 0.0) for part, cpu_s in service.cpu_s().items()}
+        spent = usage.spent_s(cpu_before, service.cpu_s())
         return Sample(
             count,
             sum(answers.waits_s),

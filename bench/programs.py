@@ -5,9 +5,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ SERVICE_PYTHON = ROOT / ".venv/bin/python"
 """The Python that has the service as it is shipped, and nothing of the bench."""
 
 STOP_S = 40.0
+READY_S = 10.0
 CHILD_S_MAX = 600.0
 
 
@@ -63,6 +66,26 @@ def ask(python: Path, script: str, question: Mapping[str, Any], *, log: Path) ->
     if process.returncode:
         raise Broken(f"{script} ended with exit code {process.returncode}:\n{tail(log)}")
     return json.loads(answer)
+
+
+def free_ports(count: int) -> list[int]:
+    """So many ports that nobody listens on just now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("", 0))) for _ in range(count)]
+        return [each.getsockname()[1] for each in sockets]
+
+
+def wait_for_port(process: subprocess.Popen, host: str, port: int, log: Path) -> None:
+    """Wait until a program listens."""
+    give_up_at = time.monotonic() + READY_S
+    while process.poll() is None and time.monotonic() < give_up_at:
+        try:
+            socket.create_connection((host, port), timeout=1).close()
+        except OSError:
+            time.sleep(0.02)
+        else:
+            return
+    raise Broken(f"{process.args[0]} did not start:\n{tail(log)}")
 
 
 def clean_environment(**more: str) -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Any
 import asyncpg
 import contenders
 import rounds
+import usage
 from filling import Pages, fill
 from programs import Broken, scratch
 from rounds import Check, Contender, Report, Sample
@@ -148,7 +149,7 @@ async def _take(service: Service, case: Case, jobs: int) -> Sample:
     wall_s, cpu_after, until = time.perf_counter() - at, service.cpu_s(without=looking), await _now(database)
     case.moves.append(await _moves(database, since, until))
     await database.close()
-    spent = {part: cpu_after[part] - cpu_before[part] for part in cpu_after}
+    spent = usage.spent_s(cpu_before, cpu_after)
     return Sample(count, wall_s, sum(spent.values()), spent)
 
 

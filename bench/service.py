@@ -63,7 +63,7 @@ class Service:
         cpu_after = self.cpu_s()
         if batch["counts"]["succeeded"] != len(urls):
             raise Broken(f"Not all jobs succeeded: {batch['counts']} {batch['errors']}\n{tail(self._log)}")
-        return Run(wall_s, {part: cpu_after[part] - cpu_before.get(part, 0.0) for part in cpu_after}, batch)
+        return Run(wall_s, usage.spent_s(cpu_before, cpu_after), batch)
 
     def submit(self, urls: Sequence[str]) -> str:
         """Submit a batch; return its id."""

@@ -1,16 +1,12 @@
 """The stores of those measured beside the service: a PostgreSQL with its settings, a Redis, each of their own."""
 
 import shutil
-import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import usage
-from programs import ROOT, SERVICE_PYTHON, Broken, clean_environment, started, tail
-
-READY_S = 10.0
+from programs import ROOT, SERVICE_PYTHON, Broken, clean_environment, free_ports, started, tail, wait_for_port
 
 
 class Store:
@@ -44,26 +40,9 @@ def redis(folder: Path) -> Iterator[Store]:
     if shutil.which("redis-server") is None:
         raise Broken("arq, Celery and taskiq need Redis (apt install redis-server)")
     log = folder / "redis.log"
-    port = _free_port()
+    [port] = free_ports(1)
     quiet = ["--save", "", "--appendonly", "no", "--loglevel", "warning"]
     command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), *quiet]
     with started(command, environment=clean_environment(), log=log) as process:
-        _wait_for(port, log)
+        wait_for_port(process, "127.0.0.1", port, log)
         yield Store(str(port), process.pid)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-def _wait_for(port: int, log: Path) -> None:
-    give_up_at = time.monotonic() + READY_S
-    while time.monotonic() < give_up_at:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            time.sleep(0.02)
-        else:
-            return
-    raise Broken(f"Redis did not start:\n{tail(log)}")

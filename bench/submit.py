@@ -18,6 +18,7 @@ from typing import Any
 import asyncpg
 import looking
 import rounds
+import usage
 from looking import Hold
 from programs import Broken, scratch
 from rounds import Check, Contender, Report, Sample
@@ -78,7 +79,7 @@ def _contenders(service: Service, urls: Sequence[str]) -> dict[str, Contender]:
         wall_s = time.perf_counter() - at
         time.sleep(SETTLE_S)
         cpu_after = service.cpu_s()
-        spent = {part: cpu_after[part] - cpu_before.get(part, 0.0) for part in cpu_after}
+        spent = usage.spent_s(cpu_before, cpu_after)
         return Sample(len(urls), wall_s, sum(spent.values()), spent)
 
     return {"unnest": lambda _: asyncio.run(_insert(service, columns, len(urls))), "POST": post}

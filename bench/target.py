@@ -4,10 +4,7 @@ Every URL has a page of its own, so that nothing is saved by storing equal bodie
 """
 
 import random
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +12,7 @@ from pathlib import Path
 
 import trustme
 from latency_server import DELAYS_S
-from programs import ROOT, Broken, clean_environment, started, tail
+from programs import ROOT, Broken, clean_environment, free_ports, started, tail, wait_for_port
 
 PAGE_BYTES = 10 * 2**10
 PIECE_BYTES = 2_500
@@ -23,7 +20,6 @@ PIECE_BYTES = 2_500
 
 HOSTS = 49
 LISTENING_MAX = 256
-READY_S = 10.0
 
 CONFIGURATION = """\
 daemon off;
@@ -85,7 +81,7 @@ def nginx(folder: Path, *, hosts: Sequence[str] | None = None, tls: bool = False
     """
     names = tuple(hosts or loopback_hosts(HOSTS))
     kinds = ["http", "https", "https-fresh"] if tls else ["http"]
-    ports = dict(zip(kinds, _free_ports(len(kinds)), strict=True))
+    ports = dict(zip(kinds, free_ports(len(kinds)), strict=True))
     ca_file = _issue_certificate(folder, names) if tls else None
     configuration = folder / "nginx.conf"
     listening = names if len(names) <= LISTENING_MAX else ("0.0.0.0",)
@@ -93,7 +89,7 @@ def nginx(folder: Path, *, hosts: Sequence[str] | None = None, tls: bool = False
     log = folder / "nginx.out"
     command = ["nginx", "-p", folder, "-c", configuration, "-e", folder / "nginx.log"]
     with started(command, environment=clean_environment(), log=log) as process:
-        _wait_for_port(process, names[0], ports["http"], log)
+        wait_for_port(process, names[0], ports["http"], log)
         yield Site(names, ports, ca_file)
 
 
@@ -174,24 +170,3 @@ def _issue_certificate(folder: Path, hosts: Sequence[str]) -> Path:
     ca_file = folder / "ca.pem"
     authority.cert_pem.write_to_path(str(ca_file))
     return ca_file
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("", 0)) for _ in range(count)]
-    try:
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
-
-
-def _wait_for_port(process: subprocess.Popen, host: str, port: int, log: Path) -> None:
-    give_up_at = time.monotonic() + READY_S
-    while process.poll() is None and time.monotonic() < give_up_at:
-        try:
-            socket.create_connection((host, port), timeout=1).close()
-        except OSError:
-            time.sleep(0.02)
-        else:
-            return
-    raise Broken(f"nginx did not start:\n{tail(log)}")

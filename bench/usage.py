@@ -5,6 +5,7 @@ import platform
 import re
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,11 @@ def tree_cpu_s(pid: int, *, without: int | None = None) -> dict[str, float]:
             continue
         spent[part] += times.user + times.system + times.children_user + times.children_system
     return dict(spent)
+
+
+def spent_s(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """CPU seconds by part between two readings."""
+    return {part: after[part] - before.get(part, 0.0) for part in after}
 
 
 def tree(pid: int) -> list[psutil.Process]:

@@ -148,7 +148,8 @@ def _repeatables(options: dict[str, Any], methods: list[str | None]) -> list[boo
     return [retry_unsafe or (method or shared) in SAFE_METHODS for method in methods]
 
 
-# The last batch that waits at a host, found from the end of the index; nothing when it is among the chosen already.
+# The last batch that waits at a host, found from the end of the index; nothing when it is among the `chosen` already.
+# Stands where these and `turn` are in scope.
 NEWEST_BATCH = """
     SELECT newest.batch_id, first.run_at FROM (
         SELECT batch_id FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
