@@ -15,7 +15,8 @@ from urllib.parse import quote
 from app.fetch.decoding import ACCEPT_ENCODING, codings, decode
 from app.fetch.limits import Failed, Limits
 from app.fetch.policy import Policy, Refused, Target, check_headers, check_method, check_url, follow
-from app.fetch.transport import Answer, RawFields, Request, Trace, Transport
+from app.fetch.trace import Trace
+from app.fetch.transport import Answer, RawFields, Request, Transport
 from app.outcome import SAFE_METHODS, Evidence, Failure, FailureCode, Hop, Outcome, Response
 
 __all__ = ["FetchRequest", "Limits", "fetch"]

@@ -48,8 +48,8 @@ LEASE_HOSTS = text("""
 """)
 
 # The batches that wait at a host, each with the time of its first job, found by jumping from one to the next in the
-# index: a paused or cancelled million costs one step. Not a DISTINCT, which would read every entry. Stands where `turn` is
-# in scope, a row with shard and host.
+# index: a paused or cancelled million costs one step. Not a DISTINCT, which would read every entry. Stands where `turn`
+# is in scope, a row with shard and host.
 WAITING_BATCHES = f"""
     WITH RECURSIVE waiting(batch_id, run_at) AS (
         (SELECT batch_id, run_at FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host

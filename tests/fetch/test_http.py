@@ -125,7 +125,7 @@ async def test_what_must_not_be_sent_is_refused_without_a_trace(changes: dict[st
 
 
 async def test_a_response_carries_its_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.fetch.transport.is_public", lambda address: True)
+    monkeypatch.setattr("app.fetch.dialling.is_public", lambda address: True)
     answer = page(b"hello", "X-A: 1", "x-a: 2", status="418 Teapot")
     async with serve(always(answer)) as server, transport_to() as transport:
         response = ok(await fetch(asking(server.url("/x#fragment")), transport=transport))

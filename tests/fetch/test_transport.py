@@ -14,7 +14,8 @@ import pytest
 from app.fetch.exchange import Exchange
 from app.fetch.http import FetchRequest, fetch
 from app.fetch.policy import check_url
-from app.fetch.transport import Body, Request, Trace, Transport
+from app.fetch.trace import Trace
+from app.fetch.transport import Body, Request, Transport
 from app.outcome import Failure, FailureCode, Outcome, Response
 from tests.fetch.servers import (
     LIMITS,
@@ -96,7 +97,7 @@ async def test_bytes_nobody_asked_for_close_an_idle_connection() -> None:
 
     async with talking(script) as (server, transport):
         ok(await fetch(asking(server.url()), transport=transport))
-        kept = transport._idle[f"127.0.0.1:{server.port}"][0].connection
+        kept = transport._idle._by_host[f"127.0.0.1:{server.port}"][0].connection
         spoilt.set()
         await until(lambda: kept.closed)
         assert ok(await fetch(asking(server.url()), transport=transport)).body == b"first"
@@ -145,7 +146,7 @@ async def test_an_unsafe_request_is_never_sent_twice() -> None:
 
 
 async def test_an_unsafe_request_takes_no_connection_that_may_be_stale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.fetch.transport.UNSAFE_REUSE_S", -1.0)
+    monkeypatch.setattr("app.fetch.idle.UNSAFE_REUSE_S", -1.0)
     async with talking(once_then_vanish) as (server, transport):
         ok(await fetch(asking(server.url()), transport=transport))
         ok(await fetch(asking(server.url(), method="POST"), transport=transport))
@@ -182,7 +183,7 @@ async def test_idle_connections_of_a_host_are_closed_on_demand() -> None:
         assert not gone.is_set()
         transport.close_idle(f"127.0.0.1:{server.port}")
         await asyncio.wait_for(gone.wait(), 5)
-        assert transport._idle == {}
+        assert transport._idle._by_host == {}
         ok(await fetch(asking(server.url()), transport=transport))
         assert server.visits == 2
 
@@ -190,9 +191,9 @@ async def test_idle_connections_of_a_host_are_closed_on_demand() -> None:
 async def test_an_idle_connection_is_closed_after_its_time() -> None:
     async with talking(always(page()), idle_s=0.05) as (server, transport):
         ok(await fetch(asking(server.url()), transport=transport))
-        assert transport._idle_count == 1
-        await until(lambda: transport._idle_count == 0)
-        assert transport._idle == {}
+        assert transport._idle.count == 1
+        await until(lambda: transport._idle.count == 0)
+        assert transport._idle._by_host == {}
 
 
 async def test_idle_connections_are_bounded_for_each_host_and_in_all() -> None:
@@ -200,8 +201,8 @@ async def test_idle_connections_are_bounded_for_each_host_and_in_all() -> None:
         for host in ("127.0.0.1", "127.0.0.2", "127.0.0.3"):
             requests = [asking(server.url(host=host)) for _ in range(4)]
             await asyncio.gather(*(fetch(request, transport=transport) for request in requests))
-            assert max(map(len, transport._idle.values())) <= 2
-        assert transport._idle_count == sum(map(len, transport._idle.values())) == 3
+            assert max(map(len, transport._idle._by_host.values())) <= 2
+        assert transport._idle.count == sum(map(len, transport._idle._by_host.values())) == 3
 
 
 async def test_credentials_do_not_share_a_connection() -> None:
@@ -309,13 +310,13 @@ async def test_an_answer_before_the_request_was_read_spoils_the_connection() -> 
     async with talking(script) as (server, transport):
         request = FetchRequest(url=server.url(), method="POST", body=bytes(2**25), limits=LIMITS)
         assert ok(await fetch(request, transport=transport)).body == b"early"
-        assert transport._idle_count == 0
+        assert transport._idle.count == 0
 
 
 async def test_an_idle_connection_keeps_no_body() -> None:
     async with talking(always(page(b"x" * 500_000))) as (server, transport):
         ok(await fetch(asking(server.url()), transport=transport))
-        exchange = transport._idle[f"127.0.0.1:{server.port}"][0].connection._exchange
+        exchange = transport._idle._by_host[f"127.0.0.1:{server.port}"][0].connection._exchange
         assert exchange is not None
         assert len(exchange.body) == 0
 
@@ -376,7 +377,7 @@ async def test_cancelled_fetches_leak_nothing(count: int) -> None:
             ok(await fetch(asking(server.url()), transport=transport))
         transport.close_idle(f"127.0.0.1:{server.port}")
         await until(lambda: open_files() <= before)
-        assert transport._idle_count == 0
+        assert transport._idle.count == 0
 
 
 CYCLE_FREE = [page(), page(b"x" * 100_000), b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n"]
@@ -427,6 +428,6 @@ async def test_a_closed_transport_keeps_nothing() -> None:
     async with talking(answering(page(), page())) as (server, transport):
         ok(await fetch(asking(server.url()), transport=transport))
         await transport.aclose()
-        assert transport._idle_count == 0
+        assert transport._idle.count == 0
         ok(await fetch(asking(server.url()), transport=transport))
-        assert transport._idle_count == 0
+        assert transport._idle.count == 0

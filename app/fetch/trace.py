@@ -1,0 +1,61 @@
+"""What is known of a fetch while it runs, and the evidence made of it; it reads no clock and steers nothing."""
+
+from dataclasses import dataclass, field
+
+from app.fetch.connection import Connection
+from app.fetch.exchange import Exchange
+from app.outcome import Evidence, Hop
+
+
+@dataclass(slots=True)
+class Trace:
+    """What is known of a fetch while it runs; the steps are those of the current hop."""
+
+    started_at: float
+    sent: bool = False
+    redirects: list[Hop] = field(default_factory=list)
+    dns_ms: float | None = None
+    connection: Connection | None = None
+    exchange: Exchange | None = None
+    reused: bool = False
+    body_bytes: int = 0
+
+    def next_hop(self, hop: Hop) -> None:
+        """Note a redirect and forget the steps that led to it."""
+        self.redirects.append(hop)
+        self.forget_connection()
+
+    def forget_connection(self) -> None:
+        """Start the steps of a hop anew."""
+        self.dns_ms = self.connection = self.exchange = None
+        self.reused = False
+
+    def evidence(self, *, now: float) -> Evidence:
+        """Put down what is known, as of `now` on the loop's clock."""
+        total_ms = elapsed_ms(self.started_at, now)
+        connection, exchange = self.connection, self.exchange
+        if connection is None or exchange is None:
+            return Evidence(redirects=tuple(self.redirects), dns_ms=self.dns_ms, total_ms=total_ms)
+        return Evidence(
+            redirects=tuple(self.redirects),
+            remote_address=connection.remote_address,
+            http_version=exchange.head.http_version if exchange.head is not None else None,
+            tls_version=connection.tls_version,
+            tls_expires_at=connection.tls_expires_at,
+            reused_connection=self.reused,
+            dns_ms=self.dns_ms,
+            connect_ms=None if self.reused else connection.connect_ms,
+            tls_ms=None if self.reused else connection.tls_ms,
+            first_byte_ms=elapsed_ms(exchange.sent_at, exchange.first_byte_at),
+            download_ms=elapsed_ms(exchange.first_byte_at, exchange.completed_at),
+            total_ms=total_ms,
+            wire_bytes=exchange.wire_bytes,
+            body_bytes=self.body_bytes,
+        )
+
+
+def elapsed_ms(start_at: float | None, end_at: float | None) -> float | None:
+    """Give the milliseconds between two times of the loop's clock; `None` if one of them never came."""
+    if start_at is None or end_at is None:
+        return None
+    return round((end_at - start_at) * 1000, 3)
