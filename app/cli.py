@@ -9,8 +9,8 @@ import setproctitle
 import typer
 
 from app import __version__, main, telemetry
+from app.jobs.account import EmbeddedUnusable
 from app.jobs.database import DatabaseUnusable
-from app.jobs.embedded import EmbeddedUnusable
 from app.listening import CannotListen
 from app.settings import Settings, SettingsInvalid, read_settings
 

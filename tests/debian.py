@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 from sqlalchemy import make_url
 
-from app.jobs import embedded
+from app.jobs.account import Account, find_account, give_folder
 
 POSTGRESQL_15 = Path("/usr/lib/postgresql/15/bin")
 PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
@@ -46,12 +46,12 @@ log_disconnections = 0
 @asynccontextmanager
 async def postgresql_15(folder: Path) -> AsyncIterator[str]:
     """Run PostgreSQL 15 over a folder that does not exist yet; yield its URL. Neither it nor PgBouncer may be root."""
-    account = embedded._find_account()
-    embedded._give_folder(folder, account)
+    account = find_account()
+    give_folder(folder, account)
     initdb = (str(POSTGRESQL_15 / "initdb"), "-D", str(folder), "-U", "fetchpool", "-A", "trust", "-E", "UTF8", "-N")
-    subprocess.run(initdb, cwd="/", check=True, capture_output=True, **embedded._as(account))
+    subprocess.run(initdb, cwd="/", check=True, capture_output=True, **account.run_as)
     socket_dir = folder / "s"
-    embedded._give_folder(socket_dir, account)
+    give_folder(socket_dir, account)
     options = ("-c", "listen_addresses=", "-k", str(socket_dir), "-c", "max_connections=200", "-c", "fsync=off")
     command = (str(POSTGRESQL_15 / "postgres"), "-D", str(folder), *options)
     async with _running(*command, account=account, answers=lambda: _answers_at(socket_dir / ".s.PGSQL.5432")):
@@ -77,17 +77,15 @@ async def pgbouncer(database_url: str, folder: Path, *, pool_size: int = 8) -> A
     said = " ".join(f"{name}='{value}'" for name, value in target.items() if value is not None)
     text = PGBOUNCER_INI.format(target=said, port=port, users=users, pool_size=pool_size)
     command = (str(PGBOUNCER), str(_written(folder / "pgbouncer.ini", text)))
-    async with _running(*command, account=embedded._find_account(), answers=lambda: _answers_at(port)):
+    async with _running(*command, account=find_account(), answers=lambda: _answers_at(port)):
         yield f"postgresql://fetchpool@127.0.0.1:{port}/fetchpool?sslmode=disable"
 
 
 @asynccontextmanager
-async def _running(
-    *command: str, account: embedded.Account, answers: Callable[[], Awaitable[bool]]
-) -> AsyncIterator[None]:
+async def _running(*command: str, account: Account, answers: Callable[[], Awaitable[bool]]) -> AsyncIterator[None]:
     """Run a server until the end; what it says goes to standard error."""
     process = await asyncio.create_subprocess_exec(
-        *command, cwd="/", stdin=asyncio.subprocess.DEVNULL, stdout=sys.__stderr__, **embedded._as(account)
+        *command, cwd="/", stdin=asyncio.subprocess.DEVNULL, stdout=sys.__stderr__, **account.run_as
     )
     try:
         async with asyncio.timeout(START_S):

