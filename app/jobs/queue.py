@@ -305,7 +305,8 @@ RECORD_JOBS = text("""
             CAST(:shards AS smallint[]), CAST(:ids AS uuid[]), CAST(:leases AS bigint[]), CAST(:attempts AS smallint[]),
             CAST(:statuses AS text[]), CAST(:delays_s AS float8[]), CAST(:errors AS text[]), CAST(:details AS text[]),
             CAST(:http_statuses AS smallint[]), CAST(:evidences AS text[]), CAST(:sha256s AS bytea[])
-        ) AS r(shard, id, lease, attempt, status, delay_s, error, detail, http_status, evidence, sha256)
+        ) WITH ORDINALITY
+            AS r(shard, id, lease, attempt, status, delay_s, error, detail, http_status, evidence, sha256, number)
     ), locked AS MATERIALIZED (
         SELECT result.*, job.left_status
         FROM (SELECT * FROM result ORDER BY shard, id) AS result
@@ -324,16 +325,15 @@ RECORD_JOBS = text("""
             evidence = CAST(locked.evidence AS json), body_sha256 = locked.sha256
         FROM locked
         WHERE job.shard = locked.shard AND job.id = locked.id AND locked.left_status = 'running'
-        RETURNING job.shard, job.id, job.attempt, job.status, job.started_at, job.error, job.error_detail,
-            job.http_status, job.evidence
+        RETURNING locked.number, job.shard, job.id, job.attempt, job.status, job.started_at, job.error,
+            job.error_detail, job.http_status, job.evidence
     ), earlier AS (
         INSERT INTO attempt (shard, job_id, number, started_at, finished_at, error, error_detail, http_status, evidence)
         SELECT shard, id, attempt, started_at, now(), error, error_detail, http_status, evidence
         FROM recorded WHERE status = 'queued'
     )
-    SELECT shard, id, attempt, true AS is_new FROM recorded
-    UNION ALL
-    SELECT shard, id, attempt, false FROM locked WHERE left_status <> 'running'
+    SELECT ARRAY(SELECT number FROM recorded) AS recorded,
+        ARRAY(SELECT number FROM locked WHERE left_status <> 'running') AS recorded_before
 """)
 
 # The update of a row that is there already is never done, but locks the row: no erasure takes the body away under this
@@ -352,10 +352,8 @@ async def record(session: AsyncSession, results: Sequence[Result]) -> Recorded:
 
     A result that this caller stored before (its commit was not confirmed) counts as stored.
     """
-    rows = (await session.execute(RECORD_JOBS, _result_arrays(results))).all()
-    # By attempt too: a worker that lost a lease and got it again may offer two attempts of one job at once.
-    new = {(row.shard, row.id, row.attempt) for row in rows if row.is_new}
-    stored = [result for result in results if (result.job.shard, result.job.id, result.job.attempt) in new]
+    numbers = (await session.execute(RECORD_JOBS, _result_arrays(results))).one()
+    stored = [results[number - 1] for number in numbers.recorded]
     await _store_bodies(session, stored)
     changes: dict[tallies.Key, Change] = defaultdict(Change)
     outcomes: Counter[HistogramKey] = Counter()
@@ -364,14 +362,9 @@ async def record(session: AsyncSession, results: Sequence[Result]) -> Recorded:
         outcomes.update(_histogram_keys(result))
     maybe_finished = await tallies.change(session, changes)
     await tallies.count_outcomes(session, outcomes)
-    return Recorded(count=len(rows), maybe_finished=maybe_finished, dropped=_dropped(results, rows))
-
-
-def _dropped(results: Sequence[Result], rows: Sequence[Row[Any]]) -> list[ClaimedJob]:
-    if len(rows) == len(results):
-        return []
-    known = {(row.shard, row.id, row.attempt) for row in rows}
-    return [result.job for result in results if (result.job.shard, result.job.id, result.job.attempt) not in known]
+    known = {*numbers.recorded, *numbers.recorded_before}
+    dropped = [result.job for number, result in enumerate(results, start=1) if number not in known]
+    return Recorded(maybe_finished=maybe_finished, dropped=dropped)
 
 
 def _result_arrays(results: Sequence[Result]) -> dict[str, list[Any]]:

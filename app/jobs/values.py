@@ -144,12 +144,8 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded:
-    """Which results were stored, and the batches of which a shard has nothing left to run.
+    """The batches of which a shard has nothing left to run, and the jobs whose results came too late."""
 
-    `count` includes results found already stored by an earlier try; `dropped` has the jobs of those that came too late.
-    """
-
-    count: int
     maybe_finished: set[UUID]
     dropped: Sequence[ClaimedJob]
 

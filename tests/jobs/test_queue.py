@@ -12,7 +12,7 @@ from app.jobs import batches, hosts, leases, queue, reads
 from app.jobs.database import Sessions
 from app.jobs.ids import shard_of_host, shard_of_job
 from app.jobs.leases import BackOff
-from app.jobs.values import ClaimedJob, Returned
+from app.jobs.values import ClaimedJob, Recorded, Returned
 from tests.jobs.actors import LEASE_S, Client, Worker, failure, retry, success
 
 
@@ -70,7 +70,7 @@ async def test_a_job_goes_from_enqueue_to_its_result(client: Client, worker: Wor
     batch_id = await client.submit("h")
     lease, [job] = await worker.claim_one()
     recorded = await worker.record(success(job))
-    assert (recorded.count, recorded.maybe_finished) == (1, {batch_id})
+    assert recorded == Recorded(maybe_finished={batch_id}, dropped=[])
     assert await client.finish(batch_id) == {batch_id}
     await worker.release(lease)
     batch = await client.read(batch_id)
@@ -180,7 +180,7 @@ async def test_a_stale_worker_cannot_record(client: Client, worker: Worker, sess
     _, [job] = await worker.claim_one()
     await end_leases(sessions)
     _, [again] = await Worker(sessions).claim_one()
-    assert (await worker.record(success(job))).count == 0
+    assert (await worker.record(success(job))).dropped == [job]
     detail = await client.job(job.id)
     assert (detail.status, again.attempt, again.lost) == ("running", 2, 1)
     assert (await client.read(batch_id)).counts.running == 1
@@ -191,14 +191,14 @@ async def test_a_stale_attempt_of_the_same_lease_cannot_record(client: Client, w
     lease, [job] = await worker.claim_one()
     await worker.record(retry(job, delay_s=0))
     [again] = await worker.refill(lease, 1)
-    assert (await worker.record(success(job))).count == 0
-    assert (await worker.record(success(again))).count == 1
+    assert (await worker.record(success(job))).dropped == [job]
+    assert (await worker.record(success(again))).dropped == []
 
 
 async def test_a_record_repeated_after_an_unknown_commit_counts_as_stored(client: Client, worker: Worker) -> None:
     batch_id = await client.submit("h")
     _, [job] = await worker.claim_one()
-    assert [(await worker.record(success(job))).count for _ in range(2)] == [1, 1]
+    assert [(await worker.record(success(job))).dropped for _ in range(2)] == [[], []]
     assert (await client.read(batch_id)).http_statuses == {"200": 1}
 
 
@@ -311,7 +311,7 @@ async def test_a_late_result_that_is_offered_with_the_next_attempts_counts_for_n
     await end_leases(sessions)
     _, late = await worker.claim_one()
     recorded = await worker.record(failure(early[0]), success(early[1], b"old"), *(success(job) for job in late[:2]))
-    assert recorded.count == 2
+    assert recorded.dropped == early[:2]
     seen = await client.read(batch_id)
     assert (seen.counts.succeeded, seen.counts.running, seen.errors) == (2, 1, {})
     assert await tallies_equal_the_rows(sessions)
