@@ -7,6 +7,7 @@ they cannot deadlock. Decides nothing about retries: it stores what the worker d
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 from uuid import UUID
 
@@ -276,24 +277,8 @@ async def _take(session: AsyncSession, wanted: Sequence[tuple[Lease, int]], *, j
             "jobs_max": jobs_max,
         },
     )
-    return [_claimed(row) for row in sorted(result, key=lambda row: row.run_at)]
-
-
-def _claimed(row: Row[Any]) -> ClaimedJob:
-    return ClaimedJob(
-        shard=row.shard,
-        id=row.id,
-        batch_id=row.batch_id,
-        host=row.host,
-        url=row.url,
-        request=row.request or {},
-        repeatable=row.repeatable,
-        attempt=row.attempt,
-        lost=row.lost,
-        crashes=row.crashes,
-        lease=row.lease,
-        accused=row.accused,
-    )
+    *names, _ = result.keys()  # the last is `run_at`
+    return [ClaimedJob(**dict(zip(names, row, strict=False))) for row in sorted(result.all(), key=itemgetter(-1))]
 
 
 # Each row is found by its key, in key order (LATERAL): joined, tables of some 10,000 jobs were read whole for every few
@@ -356,12 +341,10 @@ async def record(session: AsyncSession, results: Sequence[Result]) -> Recorded:
     stored = [results[number - 1] for number in numbers.recorded]
     await _store_bodies(session, stored)
     changes: dict[tallies.Key, Change] = defaultdict(Change)
-    outcomes: Counter[HistogramKey] = Counter()
     for result in stored:
         _add_to_change(changes[result.job.shard, result.job.batch_id], result)
-        outcomes.update(_histogram_keys(result))
     maybe_finished = await tallies.change(session, changes)
-    await tallies.count_outcomes(session, outcomes)
+    await tallies.count_outcomes(session, Counter(key for result in stored for key in _histogram_keys(result)))
     known = {*numbers.recorded, *numbers.recorded_before}
     dropped = [result.job for number, result in enumerate(results, start=1) if number not in known]
     return Recorded(maybe_finished=maybe_finished, dropped=dropped)

@@ -67,14 +67,17 @@ class NewJobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimedJob:
-    """A job that is this worker's to run, while it holds `lease` on the job's host; `attempt` counts from 1."""
+    """A job that is this worker's to run, while it holds `lease` on the job's host; `attempt` counts from 1.
+
+    `request` has what the job asks for other than its batch, if anything.
+    """
 
     shard: int
     id: UUID
     batch_id: UUID
     host: str
     url: str
-    request: dict[str, Any]
+    request: dict[str, Any] | None
     repeatable: bool
     attempt: int
     lost: int

@@ -75,7 +75,7 @@ async def test_jobs_carry_settings_of_their_own(
         "timeout_s": 5,
         "max_attempts": 1,
     }
-    assert second.request == {}
+    assert second.request is None
     shown = (await api.get(f"/v1/jobs/{first.id}")).text
     assert "CANARY" not in shown
     detail = json.loads(shown)
