@@ -40,7 +40,7 @@ BATCHES_PAGE_MAX = 200
 JOBS_PAGE_MAX = 1_000
 HINT_TIMEOUT_S = 2.0
 COMMIT_TRIES_MAX = 3
-RETRY_AFTER = {"Retry-After": "1"}
+LOOK_AGAIN = {"Retry-After": "1"}
 """After how many seconds an unfinished batch is worth another look."""
 
 router = APIRouter(prefix="/v1/batches", tags=["Batches"], responses=problems.documented(*problems.EVERYWHERE))
@@ -312,7 +312,7 @@ async def _first_of_key(session: AsyncSession, new: NewBatch) -> reads.Batch | N
     found = await batches.find_by_key(session, new.idempotency_key)
     if found is None:
         if not await batches.lock_key(session, new.idempotency_key):
-            raise Problem(problems.IDEMPOTENCY_KEY_IN_USE, headers=RETRY_AFTER)
+            raise Problem(problems.IDEMPOTENCY_KEY_IN_USE)
         found = await batches.find_by_key(session, new.idempotency_key)
     if found is None:
         return None
@@ -389,7 +389,7 @@ def _seen(batch: reads.Batch) -> Seen:
 def _show(
     seen: Seen, *, status: int = 200, if_none_match: str | None = None, headers: dict[str, str] | None = None
 ) -> Response:
-    again = {} if seen.is_finished else RETRY_AFTER
+    again = {} if seen.is_finished else LOOK_AGAIN
     return reply(seen.representation, status=status, if_none_match=if_none_match, headers={**again, **(headers or {})})
 
 

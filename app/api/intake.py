@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 from starlette.requests import Request
 
+from app.api.faults import UNSTORABLE, Fault, Fields, faults_of, pointer
 from app.api.json_text import HANDED_OUT, find_unstorable, may_be_unstorable, read_object
 from app.api.problems import (
     BODY_TOO_LARGE,
@@ -25,12 +26,7 @@ from app.api.problems import (
     MEDIA_TYPE_NOT_SUPPORTED,
     OBJECT_EXPECTED,
     TOO_MANY_JOBS,
-    UNSTORABLE,
-    Fault,
-    Fields,
     Problem,
-    faults_of,
-    pointer,
 )
 from app.api.schemas import (
     SKIPPED_SHOWN_MAX,
@@ -117,7 +113,7 @@ class Intake:
             async with asyncio.timeout(LARGE_BODY_WAIT_S):
                 await self._large_bodies.acquire()
         except TimeoutError:
-            raise Problem(BUSY, headers={"Retry-After": "10"}) from None
+            raise Problem(BUSY) from None
         held.callback(self._large_bodies.release)
 
     async def _check(self, body: bytearray) -> Submission:

@@ -82,7 +82,7 @@ def _require_body(found: Body | Literal["missing", "unfinished", "none"]) -> Bod
         case "missing":
             raise Problem(problems.JOB_NOT_FOUND)
         case "unfinished":
-            raise Problem(problems.JOB_NOT_FINISHED, headers={"Retry-After": "1"})
+            raise Problem(problems.JOB_NOT_FINISHED)
         case "none":
             raise Problem(problems.BODY_NOT_FOUND)
         case _:

@@ -1,24 +1,19 @@
-"""Problem responses (RFC 9457): the closed set of codes, how they are sent, and how the OpenAPI page shows them.
+"""Problem responses (RFC 9457): the closed set of codes, how they are sent, and how the OpenAPI page shows them."""
 
-Never repeats what a client sent, except the names of its fields.
-"""
-
-import difflib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
-from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Match, Mount
 
+from app.api.faults import FORMS, Fault, faults_of
 from app.jobs.database import DATABASE_ERRORS, is_passing, reason
 
 logger = logging.getLogger(__name__)
@@ -26,22 +21,17 @@ logger = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 ERRORS_SHOWN_MAX = 100
 OBJECT_EXPECTED = 'The body must be a JSON object such as {"urls": ["https://example.com/"]}.'
-UNSTORABLE = "NUL characters and halves of surrogate pairs cannot be stored; leave them out."
-POINTER_PART_CHARS_MAX = 100
-DATABASE_RETRY_AFTER_S = 5
-
-
-Fields = Mapping[tuple[str | int, ...], Iterable[str]]
-"""The names there are, by the place they are at."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of problem: its stable code, its HTTP status, and what it says when there is nothing more precise."""
+    """One kind of problem: its stable code, its HTTP status, what it says when there is nothing more precise, and when
+    to ask again, if that helps."""
 
     code: str
     status: int
     detail: str
+    retry_after_s: int | None = None
 
 
 INVALID_JSON = Kind("invalid_json", 400, OBJECT_EXPECTED)
@@ -59,7 +49,9 @@ MEDIA_TYPE_NOT_SUPPORTED = Kind(
 BATCH_NOT_FOUND = Kind("batch_not_found", 404, "There is no batch with this id; it may have been deleted.")
 JOB_NOT_FOUND = Kind("job_not_found", 404, "There is no job with this id; its batch may have been deleted.")
 BODY_NOT_FOUND = Kind("body_not_found", 404, "The job finished without a body; its error says why.")
-JOB_NOT_FINISHED = Kind("job_not_finished", 409, "The job has not finished; ask again when its status is terminal.")
+JOB_NOT_FINISHED = Kind(
+    "job_not_finished", 409, "The job has not finished; ask again when its status is terminal.", retry_after_s=1
+)
 BATCH_NOT_FINISHED = Kind(
     "batch_not_finished", 409, "The batch has not finished; cancel it, wait until it is finished, then delete it."
 )
@@ -75,31 +67,27 @@ METHOD_NOT_ALLOWED = Kind(
     "method_not_allowed", 405, "This path does not take this method; see the Allow header and /docs."
 )
 IDEMPOTENCY_KEY_IN_USE = Kind(
-    "idempotency_key_in_use", 409, "A request with this Idempotency-Key is under way; send this one again later."
+    "idempotency_key_in_use",
+    409,
+    "A request with this Idempotency-Key is under way; send this one again later.",
+    retry_after_s=1,
 )
 IDEMPOTENCY_KEY_REUSED = Kind(
     "idempotency_key_reused",
     422,
     "This Idempotency-Key was sent with another body in the last 24 hours; use a new key for a new batch.",
 )
-BUSY = Kind("busy", 503, "Too many large batches are being taken in; send this one again later.")
-DATABASE_UNAVAILABLE = Kind("database_unavailable", 503, "The database does not answer; try again later.")
-OVERLOADED = Kind("overloaded", 503, "Too many requests are under way; send this one again later.")
+BUSY = Kind("busy", 503, "Too many large batches are being taken in; send this one again later.", retry_after_s=10)
+DATABASE_UNAVAILABLE = Kind(
+    "database_unavailable", 503, "The database does not answer; try again later.", retry_after_s=5
+)
+OVERLOADED = Kind("overloaded", 503, "Too many requests are under way; send this one again later.", retry_after_s=5)
 INTERNAL_ERROR = Kind(
     "internal_error", 500, "The service failed; the request id finds the reason in its operator's log."
 )
 
 EVERYWHERE = (UNAUTHORIZED, CROSS_SITE, HOST_NOT_ALLOWED, INTERNAL_ERROR, DATABASE_UNAVAILABLE, OVERLOADED)
 """What any operation of the API may answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One thing that is wrong in a request: where (a JSON Pointer), a stable code, and one sentence."""
-
-    pointer: str
-    code: str
-    detail: str
 
 
 class Problem(Exception):
@@ -120,6 +108,8 @@ class Problem(Exception):
         self.faults = faults[:ERRORS_SHOWN_MAX]
         self.fault_count = len(faults) if fault_count is None else fault_count
         self.headers = dict(headers or {})
+        if kind.retry_after_s is not None:
+            self.headers["Retry-After"] = str(kind.retry_after_s)
 
 
 class ProblemError(BaseModel):
@@ -168,34 +158,9 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(failure, _on_database_failure)
 
 
-def faults_of(
-    errors: Iterable[ErrorDetails | dict[str, Any]],
-    *,
-    prefix: tuple[str | int, ...] = (),
-    fields: Fields = MappingProxyType({}),
-) -> list[Fault]:
-    """Turn what pydantic found into faults; its messages name types and bounds, never the input.
-
-    `fields` are for whoever mistook a name.
-    """
-    return [
-        Fault(
-            pointer((*prefix, *error["loc"])),
-            _FAULT_CODES.get(error["type"], error["type"]),
-            _detail(error, known=fields.get(error["loc"][:-1], ())),
-        )
-        for error in errors
-    ]
-
-
 def invalid_cursor() -> Problem:
     """Make the problem of a cursor that is none of the list's."""
-    return Problem(INVALID_CURSOR, faults=[Fault("/query/cursor", "invalid_value", _FORMS["cursor"])])
-
-
-def pointer(parts: Iterable[str | int]) -> str:
-    """Write a JSON Pointer (RFC 6901); names are cut to 100 characters."""
-    return "".join("/" + _escape(str(part)) for part in parts)
+    return Problem(INVALID_CURSOR, faults=[Fault("/query/cursor", "invalid_value", FORMS["cursor"])])
 
 
 def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
@@ -205,68 +170,6 @@ def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
         entry = responses.setdefault(kind.status, _empty_entry(kind))
         entry["content"][MEDIA_TYPE]["examples"][kind.code] = {"value": _example(kind)}
     return responses
-
-
-_FAULT_CODES = {
-    "extra_forbidden": "unknown_field",
-    "missing": "missing",
-    "string_type": "invalid_type",
-    "int_type": "invalid_type",
-    "int_from_float": "invalid_type",
-    "float_type": "invalid_type",
-    "bool_type": "invalid_type",
-    "list_type": "invalid_type",
-    "dict_type": "invalid_type",
-    "model_type": "invalid_type",
-    "model_attributes_type": "invalid_type",
-    "int_parsing": "invalid_type",
-    "uuid_parsing": "invalid_type",
-    "uuid_type": "invalid_type",
-    "enum": "invalid_value",
-    "literal_error": "invalid_value",
-    "string_pattern_mismatch": "invalid_value",
-    "string_unicode": "invalid_text",
-    "finite_number": "invalid_value",
-    "greater_than_equal": "out_of_range",
-    "less_than_equal": "out_of_range",
-    "string_too_long": "too_long",
-    "string_too_short": "too_short",
-    "too_long": "too_long",
-}
-"""Pydantic's error types in the API's own words, so that they stay when pydantic changes; others pass as they are."""
-
-_SENTENCES = {
-    "missing": "It is missing; give it.",
-    "string_type": "It must be a string, in double quotes.",
-    "int_type": "It must be a whole number.",
-    "int_from_float": "It must be a whole number.",
-    "int_parsing": "It must be a whole number.",
-    "float_type": "It must be a number.",
-    "bool_type": "It must be true or false.",
-    "list_type": "It must be a list.",
-    "dict_type": "It must be a JSON object.",
-    "model_type": "It must be a JSON object.",
-    "model_attributes_type": "It must be a JSON object.",
-    "uuid_parsing": "It must be an id as the service gave it, a UUID.",
-    "uuid_type": "It must be an id as the service gave it, a UUID.",
-    "enum": "It must be {expected}.",
-    "literal_error": "It must be {expected}.",
-    "string_unicode": UNSTORABLE,
-    "finite_number": "It must be a finite number.",
-    "greater_than_equal": "It must be at least {ge}.",
-    "less_than_equal": "It must be at most {le}.",
-    "string_too_long": "It must be at most {max_length} characters long.",
-    "too_short": "It must have at least {min_length} entries.",
-    "too_long": "It must have at most {max_length} entries.",
-}
-"""What is said of pydantic's error types; others, our own, say it themselves."""
-
-_FORMS = {
-    "Idempotency-Key": "It must be 1 to 255 visible ASCII characters without spaces, best a UUID.",
-    "cursor": "It must be next_cursor of the page before, unchanged; leave it out for the first page.",
-    "host": "It must be a host as jobs show it, such as example.com or example.com:8080.",
-}
-"""How parameters are written whose form is a pattern, which pydantic would show."""
 
 
 async def _on_problem(request: Request, error: Exception) -> Response:
@@ -315,8 +218,7 @@ async def _on_database_failure(request: Request, error: Exception) -> Response:
     if not is_passing(error):
         raise error
     logger.warning("The database does not answer: %s", reason(error))
-    problem = Problem(DATABASE_UNAVAILABLE, headers={"Retry-After": str(DATABASE_RETRY_AFTER_S)})
-    return respond(problem, request_id=_request_id(request))
+    return respond(Problem(DATABASE_UNAVAILABLE), request_id=_request_id(request))
 
 
 def _request_id(request: Request) -> str | None:
@@ -336,35 +238,6 @@ def _document(problem: Problem, request_id: str | None) -> ProblemView:
         errors=errors or None,
         errors_total=problem.fault_count if errors else None,
     )
-
-
-def _escape(part: str) -> str:
-    printable = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in part[:POINTER_PART_CHARS_MAX])
-    return printable.replace("~", "~0").replace("/", "~1")
-
-
-def _detail(error: ErrorDetails | dict[str, Any], *, known: Iterable[str]) -> str:
-    name, where = str(error["loc"][-1]) if error["loc"] else "", error["loc"][:1]
-    match error["type"]:
-        case "extra_forbidden":
-            return _unknown(name, sorted(known), what="parameter" if where == ("query",) else "field")
-        case "string_pattern_mismatch":
-            return _FORMS.get(name, "It is not written as it must be; /docs describes it.")
-    if sentence := _SENTENCES.get(error["type"]):
-        return sentence.format(**error.get("ctx", {}))
-    return _sentence(error["msg"])
-
-
-def _unknown(name: str, known: Sequence[str], *, what: str) -> str:
-    if alike := difflib.get_close_matches(name[:POINTER_PART_CHARS_MAX], known, n=2):
-        return f"There is no such {what}; did you mean {' or '.join(alike)}?"
-    if known:
-        return f"There is no such {what}; there are {', '.join(known)}."
-    return f"There is no such {what}; leave it out."
-
-
-def _sentence(message: str) -> str:
-    return message[:1].upper() + message[1:] + ("" if message.endswith(".") else ".")
 
 
 def _empty_entry(kind: Kind) -> dict[str, Any]:

@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 REQUESTS_MAX = 2_000
 """Requests under way at once, long polls among them, so that what they hold in memory has a bound."""
 
-OVERLOADED_RETRY_AFTER_S = 5
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 PAGES = frozenset({"/", "/docs", "/redoc"})
 """What a link on another site may lead to."""
@@ -67,8 +66,7 @@ class Outermost:
             await send(message)
 
         if self.request_count >= self.requests_max:
-            overloaded = Problem(OVERLOADED, headers={"Retry-After": str(OVERLOADED_RETRY_AFTER_S)})
-            await respond(overloaded, request_id=request_id)(scope, receive, send_marked)
+            await respond(Problem(OVERLOADED), request_id=request_id)(scope, receive, send_marked)
             return
         self.request_count += 1
         try:
