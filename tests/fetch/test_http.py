@@ -476,8 +476,6 @@ async def test_the_deadline_covers_connecting() -> None:
         url = server.url().replace("http:", "https:")
         outcome = failed(await fetch(asking(url, deadline_s=0.1, connect_timeout_s=5.0), transport=transport))
     assert (outcome.code, outcome.sent) == (FailureCode.DEADLINE_EXCEEDED, False)
-    assert outcome.evidence.total_ms is not None
-    assert outcome.evidence.total_ms < 600
 
 
 async def test_a_timeout_that_is_not_the_deadline_is_not_taken_for_it() -> None:
