@@ -44,7 +44,7 @@ from app.jobs.silence import watching
 from app.jobs.workers import Identity
 from app.listening import bound_socket, check_exposure, let_in, own_addresses
 from app.settings import Settings
-from app.worker.options import LIMIT_OPTIONS
+from app.worker.options import LIMIT_NAMES
 from app.worker.pool import Pool, PoolSettings
 from app.worker.processes import Processes
 from app.worker.upkeep import Upkeep
@@ -318,7 +318,7 @@ def _pool_settings(settings: Settings) -> PoolSettings:
 
 def default_limits(settings: Settings) -> Limits:
     """Return the limits of a fetch for which the client set none."""
-    return Limits(**{limit: getattr(settings, option) for option, limit in LIMIT_OPTIONS.items()})
+    return Limits(**{limit: getattr(settings, limit) for limit in LIMIT_NAMES})
 
 
 def _make_transport(settings: Settings, resolver: Resolver) -> Transport:

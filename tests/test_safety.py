@@ -29,7 +29,6 @@ from app.fetch.policy import Policy
 from app.fetch.resolver import Resolver
 from app.fetch.transport import Transport
 from app.outcome import Evidence, Failure, FailureCode, Hop, Outcome, Response
-from app.worker.options import LIMIT_OPTIONS
 from tests import web
 from tests.fetch.authorities import Authority, make_authority
 from tests.fetch.hostile import (
@@ -226,7 +225,6 @@ async def test_a_job_shows_how_each_attempt_went(data_dir: Path, authority: Auth
 
 # What a server may do: every row of hostile.csv
 
-OPTION_OF = {limit: option for option, limit in LIMIT_OPTIONS.items()}
 AT_ONCE = 12
 PACE = 5.0
 ATTEMPTS_MAX = 2
@@ -252,7 +250,7 @@ class Whole(Ground):
         job: dict[str, Any] = {"url": url, "method": method, "headers": dict(headers)}
         if body is not None:
             job["body"] = body.decode()
-        options = {OPTION_OF[limit]: self._scaled(limit, value) for limit, value in limits.items()}
+        options = {limit: self._scaled(limit, value) for limit, value in limits.items()}
         batch = await self.service.submit({"jobs": [job], "options": {**options, "max_attempts": ATTEMPTS_MAX}})
         await self.service.finished(batch["id"], within_s=120)
         return await self.outcome(batch["id"])

@@ -95,7 +95,7 @@ async def fetch(request: FetchRequest, *, transport: Transport, move: Move | Non
 
 async def _with_deadline(request: FetchRequest, transport: Transport, move: Move | None, *, trace: Trace) -> Response:
     """Bound everything, DNS to body and decoding, by one budget."""
-    deadline = asyncio.timeout(request.limits.deadline_s)
+    deadline = asyncio.timeout(request.limits.timeout_s)
     try:
         async with deadline:
             return await _follow_redirects(request, transport, move, trace=trace)

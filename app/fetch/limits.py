@@ -10,9 +10,12 @@ from app.outcome import FailureCode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The bounds of one fetch; seconds, bytes and counts. Each hop of a redirect chain but `deadline_s` starts anew."""
+    """The bounds of one fetch; seconds, bytes and counts.
 
-    deadline_s: float
+    `timeout_s` bounds the whole of it, from resolving to decoding; all others begin anew with each hop of a chain.
+    """
+
+    timeout_s: float
     connect_timeout_s: float
     read_timeout_s: float
     wire_bytes_max: int

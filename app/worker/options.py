@@ -1,6 +1,6 @@
 """What one job asks for: the operator's defaults, overridden by its batch, overridden by itself."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -10,19 +10,8 @@ from app.jobs.values import ClaimedJob
 ATTEMPTS_DEFAULT = 3
 ACCEPTED_DEFAULT = ("2xx",)
 
-LIMIT_OPTIONS = {
-    "timeout_s": "deadline_s",
-    "connect_timeout_s": "connect_timeout_s",
-    "read_timeout_s": "read_timeout_s",
-    "wire_bytes_max": "wire_bytes_max",
-    "body_bytes_max": "body_bytes_max",
-    "header_bytes_max": "header_bytes_max",
-    "header_count_max": "header_count_max",
-    "redirects_max": "redirects_max",
-    "informational_max": "informational_max",
-    "encodings_max": "encodings_max",
-}
-"""Options of a batch or job, and the limits of a fetch they set."""
+LIMIT_NAMES = tuple(limit.name for limit in fields(Limits))
+"""The limits of a fetch; the options of a batch or job that set them have the same names, and so have the settings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,5 +84,5 @@ def _headers(batch_options: dict[str, Any], request: dict[str, Any]) -> tuple[tu
 
 
 def _limits(asked: dict[str, Any], defaults: Limits) -> Limits:
-    set_here = {limit: asked[option] for option, limit in LIMIT_OPTIONS.items() if option in asked}
+    set_here = {limit: asked[limit] for limit in LIMIT_NAMES if limit in asked}
     return replace(defaults, **set_here) if set_here else defaults

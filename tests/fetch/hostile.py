@@ -142,7 +142,7 @@ async def total_drip_body(ground: Ground) -> Outcome:
         visit.send(OK, b"\r\n")
         await visit.drip(b"x" * 10_000, every_s=0.02)
 
-    outcome = await ground.fetch_from(script, deadline_s=0.3, read_timeout_s=0.2)
+    outcome = await ground.fetch_from(script, timeout_s=0.3, read_timeout_s=0.2)
     assert outcome.evidence.wire_bytes > 1
     return outcome
 
@@ -153,7 +153,7 @@ async def total_drip_status(ground: Ground) -> Outcome:
         await visit.asked()
         await visit.drip(OK * 1000, every_s=0.02)
 
-    return await ground.fetch_from(script, deadline_s=0.2, read_timeout_s=0.15)
+    return await ground.fetch_from(script, timeout_s=0.2, read_timeout_s=0.15)
 
 
 @row("total_drip_chunks")
@@ -165,7 +165,7 @@ async def total_drip_chunks(ground: Ground) -> Outcome:
             visit.send(b"1\r\nx\r\n")
             await asyncio.sleep(0.02)
 
-    return await ground.fetch_from(script, deadline_s=0.3, read_timeout_s=0.2)
+    return await ground.fetch_from(script, timeout_s=0.3, read_timeout_s=0.2)
 
 
 @row("hang_before_response")
@@ -220,7 +220,7 @@ async def deadline_over_redirects(ground: Ground) -> Outcome:
             await asyncio.sleep(0.16 * ground.pace)
             visit.send(redirect(f"{asked.target}x"))
 
-    outcome = await ground.fetch_from(script, "/", deadline_s=0.5, read_timeout_s=0.3)
+    outcome = await ground.fetch_from(script, "/", timeout_s=0.5, read_timeout_s=0.3)
     assert 0 < len(outcome.evidence.redirects) < 5
     return outcome
 
@@ -232,7 +232,7 @@ async def slow_close(ground: Ground) -> Outcome:
         visit.send(page(b"all of it", "Connection: close"))
         await visit.hang()
 
-    return await ground.fetch_from(script, deadline_s=2.0)
+    return await ground.fetch_from(script, timeout_s=2.0)
 
 
 # Size.

@@ -21,7 +21,7 @@ from app.outcome import Outcome
 LOOPBACK = Policy(allow_networks=(ip_network("127.0.0.0/8"),))
 
 LIMITS = Limits(
-    deadline_s=20.0,
+    timeout_s=20.0,
     connect_timeout_s=10.0,
     read_timeout_s=10.0,
     wire_bytes_max=2**20,

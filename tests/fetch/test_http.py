@@ -420,7 +420,7 @@ async def test_a_slow_redirect_body_is_not_waited_for() -> None:
             await visit.hang()
         visit.send(page())
 
-    response = ok(await fetch_from(script, deadline_s=2.0))
+    response = ok(await fetch_from(script, timeout_s=2.0))
     assert response.evidence.redirects[0].status == 302
 
 
@@ -460,7 +460,7 @@ async def test_the_deadline_covers_waiting_for_a_place() -> None:
         await asyncio.Event().wait()
 
     async with away() as (server, transport):
-        outcome = failed(await fetch(asking(server.url(), deadline_s=0.2), transport=transport, move=move))
+        outcome = failed(await fetch(asking(server.url(), timeout_s=0.2), transport=transport, move=move))
     assert outcome.code is FailureCode.DEADLINE_EXCEEDED
     assert len(outcome.evidence.redirects) == 1
 
@@ -474,7 +474,7 @@ async def test_the_deadline_covers_connecting() -> None:
 
     async with serve(script) as server, transport_to() as transport:
         url = server.url().replace("http:", "https:")
-        outcome = failed(await fetch(asking(url, deadline_s=0.1, connect_timeout_s=5.0), transport=transport))
+        outcome = failed(await fetch(asking(url, timeout_s=0.1, connect_timeout_s=5.0), transport=transport))
     assert (outcome.code, outcome.sent) == (FailureCode.DEADLINE_EXCEEDED, False)
 
 
