@@ -56,6 +56,7 @@ INSERT_BATCH = text("""
 
 # A microsecond apart, and all of them due: what a claim's index gives first is then what the client gave first.
 # `unnest` fills up shorter columns with NULLs: one that is empty costs nothing (0.2 s of 100,000 rows).
+# A host's jobs are put down together, for they are claimed together: a claim then reads half as many pages.
 INSERT_JOBS = text("""
     INSERT INTO job (shard, id, batch_id, position, host, url, request, custom_id, metadata, repeatable, status, run_at)
     SELECT j.shard, j.id, :batch_id, j.position, j.host, j.url, CAST(j.request AS jsonb), j.custom_id,
@@ -65,6 +66,7 @@ INSERT_JOBS = text("""
         CAST(:urls AS text[]), CAST(:requests AS text[]), CAST(:custom_ids AS text[]), CAST(:metadatas AS text[]),
         CAST(:repeatables AS boolean[])
     ) AS j(shard, id, position, host, url, request, custom_id, metadata, repeatable)
+    ORDER BY j.shard, j.host COLLATE "C", j.position
 """)
 
 INSERT_TALLIES = text("""
