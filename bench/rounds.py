@@ -161,9 +161,16 @@ def versions() -> dict[str, str]:
         "print(json.dumps({'Python': platform.python_version()} | {n: m.version(p) for n, p in names.items()}))"
     )
     found = json.loads(_said(SERVICE_PYTHON, "-c", script))
-    found["fetchpool"] += f" ({_said('git', '-C', ROOT, 'describe', '--always', '--dirty')})"
+    found["fetchpool"] += f" ({_commit()})"
     bare = "import aiohttp; print(aiohttp.__version__)"
     return found | {"aiohttp": _said(sys.executable, "-c", bare), "nginx": _nginx_version()}
+
+
+def _commit() -> str:
+    """What was measured, by commit; `-dirty` when more than saved results differs from it."""
+    commit = _said("git", "-C", ROOT, "rev-parse", "--short", "HEAD") or "unknown"
+    changed = _said("git", "-C", ROOT, "diff", "--name-only", "HEAD", "--", ".", f":!{RESULTS}", f":!{README}")
+    return f"{commit}-dirty" if changed else commit
 
 
 def _keep(report: Report, text: str) -> None:
@@ -185,7 +192,7 @@ def _nginx_version() -> str:
 
 def _said(*command: str | Path) -> str:
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    return done.stdout.strip()
 
 
 def _tell(line: str) -> None:
