@@ -169,7 +169,7 @@ def versions() -> dict[str, str]:
 def _commit() -> str:
     """What was measured, by commit; `-dirty` when more than saved results differs from it."""
     commit = _said("git", "-C", ROOT, "rev-parse", "--short", "HEAD") or "unknown"
-    changed = _said("git", "-C", ROOT, "diff", "--name-only", "HEAD", "--", ".", f":!{RESULTS}", f":!{README}")
+    changed = _said("git", "-C", ROOT, "diff", "--name-only", "HEAD", "--", ".", ":!bench/results", ":!bench/README.md")
     return f"{commit}-dirty" if changed else commit
 
 
