@@ -25,8 +25,10 @@ OBJECT_EXPECTED = 'The body must be a JSON object such as {"urls": ["https://exa
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of problem: its stable code, its HTTP status, what it says when there is nothing more precise, and when
-    to ask again, if that helps."""
+    """One kind of problem: its stable code, its HTTP status, and what it says when there is nothing more precise.
+
+    `retry_after_s` is when to ask again, where that helps.
+    """
 
     code: str
     status: int
