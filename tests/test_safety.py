@@ -365,12 +365,14 @@ async def retry_after(whole: Whole) -> Outcome:
 
 async def _first_retry(service: Service, batch_id: str) -> dict[str, Any]:
     """The batch's only job, once it waits for its second attempt."""
-    async with asyncio.timeout(30):
-        while True:
-            [job] = await service.jobs(batch_id)
-            if job["status"] == "queued" and job["attempts"] == 1:
-                return (await service.call("GET", f"/v1/jobs/{job['id']}")).json()  # type: ignore[no-any-return]
-            await asyncio.sleep(0.1)
+
+    async def waits() -> bool:
+        [job] = await service.jobs(batch_id)
+        return (job["status"], job["attempts"]) == ("queued", 1)
+
+    await until(waits)
+    [job] = await service.jobs(batch_id)
+    return (await service.call("GET", f"/v1/jobs/{job['id']}")).json()  # type: ignore[no-any-return]
 
 
 @of_the_whole
