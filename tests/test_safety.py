@@ -29,6 +29,7 @@ from app.fetch.policy import Policy
 from app.fetch.resolver import Resolver
 from app.fetch.transport import Transport
 from app.outcome import Evidence, Failure, FailureCode, Hop, Outcome, Response
+from app.worker.retry import RETRY_AFTER_JITTER
 from tests import web
 from tests.fetch.authorities import Authority, make_authority
 from tests.fetch.hostile import (
@@ -319,7 +320,7 @@ async def dns_nodata(whole: Whole) -> Outcome:
 
 @of_the_whole
 async def deadline_over_dns(whole: Whole) -> Outcome:
-    return await whole.fetch("http://slow.example/")
+    return await whole.fetch("http://slow.example/", timeout_s=2.0)
 
 
 @of_the_whole
@@ -358,7 +359,8 @@ async def retry_after(whole: Whole) -> Outcome:
         [job] = await whole.service.jobs(batch["id"])
     assert job["attempts"] == 2
     run_at, failed_at = waiting["run_at"], waiting["attempts_made"][0]["finished_at"]
-    assert 7.0 <= (datetime.fromisoformat(run_at) - datetime.fromisoformat(failed_at)).total_seconds() <= 8.4
+    pause_s = (datetime.fromisoformat(run_at) - datetime.fromisoformat(failed_at)).total_seconds()
+    assert 7.0 <= pause_s <= 7.0 * (1 + RETRY_AFTER_JITTER)
     assert asked_at[1] - asked_at[0] >= 7.0
     return Response(status=job["http_status"], headers=(), body=b"", final_url="")
 
@@ -578,7 +580,9 @@ async def test_cancelling_closes_sockets_and_leaves_nothing_open(data_dir: Path,
         warm = await service.post([site.url("/")])
         await service.finished(warm["id"])
         files_before = open_file_count(worker_pid)
-        batch = await service.post([site.url(f"/held/{number}") for number in range(90)])
+        # no timeout of theirs could close them in the time that is waited
+        patient = {"timeout_s": 120, "read_timeout_s": 120}
+        batch = await service.post([site.url(f"/held/{number}") for number in range(90)], options=patient)
         await site.wait_for_hits(91)
         cancelled_at = time.monotonic()
         await service.call("POST", f"/v1/batches/{batch['id']}/cancel")

@@ -12,7 +12,8 @@ from app.outcome import FailureCode
 class Limits:
     """The bounds of one fetch; seconds, bytes and counts.
 
-    `timeout_s` bounds the whole of it, from resolving to decoding; all others begin anew with each hop of a chain.
+    `timeout_s` bounds the whole of it, from resolving to decoding, and `redirects_max` its hops; all others begin anew
+    with each hop.
     """
 
     timeout_s: float

@@ -78,7 +78,8 @@ async def test_a_wait_without_news_ends_in_time(api: httpx2.AsyncClient, reader:
     batch_id = await reader.submit("h.example")
     etag = (await api.get(f"/v1/batches/{batch_id}")).headers["ETag"]
     begun = time.monotonic()
-    same = await api.get(f"/v1/batches/{batch_id}", headers={"Prefer": "wait=1", "If-None-Match": etag})
+    async with asyncio.timeout(30):
+        same = await api.get(f"/v1/batches/{batch_id}", headers={"Prefer": "wait=1", "If-None-Match": etag})
     assert time.monotonic() - begun > 0.9  # however slow the machine
     assert (same.status_code, same.headers["Retry-After"]) == (304, "1")
 

@@ -581,7 +581,7 @@ def _one(pick: int, items: Sequence[Item]) -> Sequence[Item]:
 
 def _claimed(row: Row) -> ClaimedJob:
     names = ("shard", "id", "batch_id", "host", "url", "repeatable", "attempt", "lost", "crashes", "lease")
-    return ClaimedJob(request={}, **{name: row[name] for name in names})
+    return ClaimedJob(request=None, **{name: row[name] for name in names})
 
 
 def play(url: str, *, plays: int, steps: int, derandomize: bool) -> None:

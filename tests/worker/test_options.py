@@ -19,7 +19,7 @@ def claimed(**request: object) -> ClaimedJob:
         batch_id=uuid4(),
         host="a.test",
         url="http://a.test/",
-        request=dict(request),
+        request=request or None,
         repeatable=True,
         attempt=1,
         lost=0,
