@@ -4,8 +4,9 @@ Deliberately knows nothing of HTTP libraries, of jobs or of the database: every 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
+
+from msgspec import Struct
 
 
 class FailureCode(StrEnum):
@@ -148,16 +149,14 @@ MEANINGS: Mapping[FailureCode, str] = {
 """One sentence on each code, for the API's documentation."""
 
 
-@dataclass(frozen=True, slots=True)
-class Hop:
+class Hop(Struct, frozen=True):
     """One redirect that was followed: the URL that answered, and the status it answered with."""
 
     url: str
     status: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
+class Evidence(Struct, frozen=True, kw_only=True):
     """How a fetch went, as far as it got. Milliseconds and bytes; `None` where a step was not reached.
 
     The steps are those of the last hop; `total_ms` covers all of them. A blocked fetch shows no address and no timing.
@@ -179,8 +178,7 @@ class Evidence:
     body_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Response:
+class Response(Struct, frozen=True, kw_only=True):
     """A complete response, whatever its status; whether the job succeeded is the job's own rule.
 
     `headers` keep their order and repetitions, decoded as latin-1; `body` is decoded of its content codings.
@@ -191,12 +189,11 @@ class Response:
     headers: tuple[tuple[str, str], ...]
     body: bytes
     final_url: str
-    evidence: Evidence = field(default_factory=Evidence)
+    evidence: Evidence = Evidence()
     flags: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
+class Failure(Struct, frozen=True, kw_only=True):
     """No usable response: a code, one sentence for the client, and what was seen up to there.
 
     `sent` says whether any byte of the request may have reached a server: an unsafe method is then not retried.
@@ -205,7 +202,7 @@ class Failure:
     code: FailureCode
     detail: str
     sent: bool = False
-    evidence: Evidence = field(default_factory=Evidence)
+    evidence: Evidence = Evidence()
 
 
 Outcome = Response | Failure

@@ -14,7 +14,7 @@ import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import datetime
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -270,7 +270,7 @@ class Whole(Ground):
     async def _as_outcome(self, detail: dict[str, Any]) -> Outcome:
         told = detail["evidence"]
         redirects = tuple(Hop(**hop) for hop in told["redirects"])
-        known = {part.name: told[part.name] for part in fields(Evidence)}
+        known = {name: told[name] for name in Evidence.__struct_fields__}
         evidence = Evidence(**{**known, "redirects": redirects})
         if detail["error"] not in (None, "http_status"):
             assert "127.0.0" not in detail["error_detail"]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import brotli
+from msgspec import Struct
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -58,8 +59,7 @@ class Flags:
         return (TRAILING_JUNK,) if self.trailing_junk else ()
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
+class Decoded(Struct, frozen=True):
     """A body without its content codings, and what was odd about it."""
 
     body: bytes

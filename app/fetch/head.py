@@ -5,10 +5,10 @@ length and close afterwards) and spaces after a chunk size.
 """
 
 import re
-from dataclasses import dataclass
 from enum import Enum
 
 import httptools
+from msgspec import Struct
 
 from app.fetch.limits import Failed, Limits
 from app.outcome import FailureCode
@@ -107,8 +107,7 @@ class Message:
         raise Failed(FailureCode.PROTOCOL_ERROR, "The chunked body is padded beyond reason.")
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(Struct, frozen=True):
     """The head of a response. `length` counts only with `Framing.LENGTH`; `message` takes the body with `CHUNKED`.
 
     `fields` are names and values in their order, latin-1.

@@ -8,9 +8,10 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from urllib.parse import quote
+
+from msgspec import Struct
 
 from app.fetch.decoding import ACCEPT_ENCODING, codings, decode
 from app.fetch.limits import Failed, Limits
@@ -55,8 +56,7 @@ Headers = tuple[tuple[str, str], ...]
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FetchRequest:
+class FetchRequest(Struct, frozen=True, kw_only=True):
     """What to fetch and within which bounds."""
 
     url: str
@@ -67,8 +67,7 @@ class FetchRequest:
     limits: Limits
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Struct, frozen=True):
     """One request of a chain: where to, and what of the caller's request goes there."""
 
     target: Target

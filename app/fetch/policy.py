@@ -14,6 +14,7 @@ from typing import NoReturn
 from urllib.parse import quote
 
 import idna
+from msgspec import Struct
 
 from app.fetch.address import Address, Network, is_inside, is_own, is_public, parse
 from app.outcome import FailureCode
@@ -117,8 +118,7 @@ class Policy:
     own_port: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(Struct, frozen=True):
     """A URL that passed, taken apart exactly as it goes on the wire: all ASCII, no fragment.
 
     `hostname` has no brackets and no trailing dot; `path_query` is the request target. `host` is the politeness key

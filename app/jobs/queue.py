@@ -166,6 +166,8 @@ NEWEST_BATCH = """
     WHERE NOT (SELECT cancel_requested FROM tally WHERE tally.shard = turn.shard AND tally.batch_id = newest.batch_id)
 """
 
+TAKEN = ", ".join(f"job.{name}" for name in ClaimedJob.__struct_fields__)
+
 # Found once by the claim's index, then by place (ctid), row by row (LATERAL), and the status it leaves is that of the
 # locked row. By key, the planner went by way of that index again and read all of the host's jobs for each. Joined, it
 # read all queued jobs there are, once statistics of a quiet moment said that these are hardly any: 1.1 ms of CPU for
@@ -215,8 +217,7 @@ TAKE_JOBS = text(f"""
     )
     UPDATE job SET status = 'running', attempt = attempt + 1, lease = locked.lease, started_at = now()
     FROM locked WHERE job.ctid = locked.place AND locked.left_status = 'queued'
-    RETURNING job.shard, job.id, job.batch_id, job.host, job.url, job.request, job.repeatable, job.attempt, job.lost,
-        job.crashes, job.lease, job.accused, job.run_at
+    RETURNING {TAKEN}, job.run_at
 """)
 
 
@@ -279,8 +280,7 @@ async def _take(session: AsyncSession, wanted: Sequence[tuple[Lease, int]], *, j
             "jobs_max": jobs_max,
         },
     )
-    *names, _ = result.keys()  # the last is `run_at`
-    return [ClaimedJob(**dict(zip(names, row, strict=False))) for row in sorted(result.all(), key=itemgetter(-1))]
+    return [ClaimedJob(*row[:-1]) for row in sorted(result.all(), key=itemgetter(-1))]  # the last is `run_at`
 
 
 # Each row is found by its key, in key order (LATERAL): joined, tables of some 10,000 jobs were read whole for every few

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
+from msgspec import Struct
+
 from app.jobs.ids import host_hash
 
 CRASHES_OF_SUSPECT = 2
@@ -65,11 +67,10 @@ class NewJobs:
         self.metadatas.append(to_json(metadata))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClaimedJob:
+class ClaimedJob(Struct, frozen=True):
     """A job that is this worker's to run, while it holds `lease` on the job's host; `attempt` counts from 1.
 
-    `request` has what the job asks for other than its batch, if anything.
+    Its fields are columns of `job`. `request` has what it asks for other than its batch, if anything.
     """
 
     shard: int
@@ -123,8 +124,7 @@ class Returned:
     error_detail: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
+class Result(Struct, frozen=True, kw_only=True):
     """What an attempt came to, as it shall be stored.
 
     `status` is `succeeded`, `failed` or `cancelled`, or `queued` for a retry in `delay_s` seconds. `body` is as stored,

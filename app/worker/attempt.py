@@ -3,16 +3,16 @@
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable
-from dataclasses import fields
 from typing import Any
 
-from pydantic_core import to_json
+from msgspec import structs
+from msgspec.json import Encoder
 
 from app.fetch.http import fetch
 from app.fetch.transport import Transport
 from app.jobs import bodies
 from app.jobs.values import NO_EVIDENCE, ClaimedJob, Result, Returned
-from app.outcome import Evidence, Failure, FailureCode, Outcome, Response
+from app.outcome import Failure, FailureCode, Outcome, Response
 from app.worker import retry
 from app.worker.options import JobOptions
 
@@ -21,7 +21,7 @@ CUT_OFF_WHEN = {
     FailureCode.SHUTDOWN_INTERRUPTED: "it was told to stop",
 }
 
-EVIDENCE = tuple(part.name for part in fields(Evidence))
+_json = Encoder()
 
 
 async def run(
@@ -113,9 +113,8 @@ def _assemble(job: ClaimedJob, outcome: Outcome, verdict: retry.Verdict, *, cont
 
 def _evidence_json(outcome: Outcome) -> str:
     """JSON that PostgreSQL takes: without what is not known, and without the NUL it refuses."""
-    evidence = outcome.evidence
-    stored: dict[str, Any] = {name: value for name in EVIDENCE if (value := getattr(evidence, name)) is not None}
-    stored["redirects"] = [{"url": hop.url, "status": hop.status} for hop in evidence.redirects]
+    known = structs.asdict(outcome.evidence)
+    stored: dict[str, Any] = {name: value for name, value in known.items() if value is not None}
     if isinstance(outcome, Response):
         stored |= {"final_url": outcome.final_url, "headers": outcome.headers, "flags": outcome.flags}
-    return to_json(stored).decode().replace("\\u0000", "\\ufffd")
+    return _json.encode(stored).decode().replace("\\u0000", "\\ufffd")

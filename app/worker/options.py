@@ -4,6 +4,8 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
+from msgspec import Struct, structs
+
 from app.fetch.http import FetchRequest, Limits
 from app.jobs.values import ClaimedJob
 
@@ -14,8 +16,7 @@ LIMIT_NAMES = tuple(limit.name for limit in fields(Limits))
 """The limits of a fetch; the options of a batch or job that set them have the same names, and so have the settings."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobOptions:
+class JobOptions(Struct, frozen=True, kw_only=True):
     """A job's request, and the rules by which its outcome is judged."""
 
     request: FetchRequest
@@ -40,7 +41,7 @@ def for_job(job: ClaimedJob, batch: SharedOptions) -> JobOptions:
     """Merge in what a job itself asks for; its headers replace those of the batch by name."""
     common = batch.common
     if not job.request:
-        return replace(common, request=replace(common.request, url=job.url))
+        return structs.replace(common, request=structs.replace(common.request, url=job.url))
     return _merged(job.url, batch.asked, job.request, common.request.limits)
 
 

@@ -1,9 +1,10 @@
 """Whether a job is done, failed or tried again, and how long its host is left alone. Decides only; does nothing."""
 
 import random
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+
+from msgspec import Struct
 
 from app.outcome import RETRYABLE, RETRYABLE_STATUSES, Failure, FailureCode, Outcome, Response
 
@@ -17,8 +18,7 @@ BACK_OFF_STATUSES = frozenset({429, 503})
 BACK_OFF_CODES = frozenset({FailureCode.CONNECT_REFUSED, FailureCode.CONNECT_TIMEOUT, FailureCode.CONNECT_UNREACHABLE})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Verdict(Struct, frozen=True, kw_only=True):
     """What becomes of the job: `succeeded`, `failed`, or `queued` again in `delay_s` seconds."""
 
     status: str

@@ -2,12 +2,12 @@
 
 import base64
 import json
-from dataclasses import replace
 from typing import Any
 from uuid import UUID, uuid4
 
 import httpx2
 import pytest
+from msgspec import structs
 from sqlalchemy import text
 
 from app.api import results
@@ -159,7 +159,7 @@ async def test_only_a_plain_media_type_is_repeated(api: httpx2.AsyncClient, read
     [jobs] = (await worker.claim(jobs_per_host=100)).values()
     for job, (stored, sent) in zip(jobs, MEDIA_TYPES.items(), strict=True):
         evidence = json.dumps({"headers": [["content-type", stored]], "body_bytes": 5})
-        await worker.record(replace(success(job), evidence=evidence))
+        await worker.record(structs.replace(success(job), evidence=evidence))
         response = await api.get(f"/v1/jobs/{job.id}/body")
         assert response.headers.get_list("Content-Type") == [sent]
         assert "X-Evil" not in response.headers

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from app.fetch.http import FetchRequest, fetch
 from app.fetch.policy import Policy
@@ -68,7 +69,7 @@ class Alone(Ground):
         **limits: Any,
     ) -> Outcome:
         request = asking(url, method=method, headers=headers, **limits)
-        return await fetch(replace(request, body=body), transport=self.transport)
+        return await fetch(structs.replace(request, body=body), transport=self.transport)
 
     @asynccontextmanager
     async def frugal(self) -> AsyncIterator[None]:

@@ -6,12 +6,12 @@ import logging
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from app.fetch.http import FetchRequest, fetch
 from app.fetch.policy import Policy
@@ -75,7 +75,7 @@ async def away() -> AsyncIterator[tuple[Server, Transport]]:
 
 async def sent_for(**changes: object) -> Asked:
     async with serve(always(page())) as server, transport_to() as transport:
-        request = replace(asking(server.url("/a%20b?c=d")), **changes)  # type: ignore[arg-type]
+        request = structs.replace(asking(server.url("/a%20b?c=d")), **changes)  # type: ignore[arg-type]
         ok(await fetch(request, transport=transport))
     assert server.asked[0].headers.pop("host") == f"127.0.0.1:{server.port}"
     return server.asked[0]
@@ -117,7 +117,7 @@ async def test_a_method_that_expects_a_body_says_when_there_is_none(method: str,
 )
 async def test_what_must_not_be_sent_is_refused_without_a_trace(changes: dict[str, object], code: str) -> None:
     async with transport_to() as transport:
-        outcome = failed(await fetch(replace(asking("http://127.0.0.1/"), **changes), transport=transport))  # type: ignore[arg-type]
+        outcome = failed(await fetch(structs.replace(asking("http://127.0.0.1/"), **changes), transport=transport))  # type: ignore[arg-type]
     assert (outcome.code, outcome.sent, outcome.evidence) == (code, False, Evidence())
 
 
@@ -340,7 +340,7 @@ async def test_a_location_without_a_redirect_means_nothing(status: str) -> None:
 async def test_a_redirect_stands_when_none_is_to_be_followed() -> None:
     answer = page(b"over there", "Location: /x", status="301 Moved")
     async with serve(always(answer)) as server, transport_to() as transport:
-        request = replace(asking(server.url()), follow_redirects=False)
+        request = structs.replace(asking(server.url()), follow_redirects=False)
         response = ok(await fetch(request, transport=transport))
     assert (response.status, response.body) == (301, b"over there")
 

@@ -1,10 +1,10 @@
 """The queue on a real PostgreSQL: who may claim, what is stored, and what is refused."""
 
 import asyncio
-from dataclasses import replace
 from uuid import UUID, uuid4
 
 import pytest
+from msgspec import structs
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
@@ -567,7 +567,7 @@ async def test_a_job_cancelled_while_it_waits_for_a_retry_shows_its_attempt_once
 ) -> None:
     batch_id = await client.submit("h")
     lease, [job] = await worker.claim_one()
-    await worker.record(replace(retry(job, code="http_status"), http_status=503))
+    await worker.record(structs.replace(retry(job, code="http_status"), http_status=503))
     await worker.release(lease)
     await client.cancel(batch_id)
     async with sessions.begin() as session:

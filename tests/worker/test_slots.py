@@ -3,10 +3,10 @@
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import replace
 from uuid import uuid4
 
 import pytest
+from msgspec import structs
 
 from app.fetch.resolver import Resolver
 from app.fetch.transport import Transport
@@ -86,7 +86,7 @@ async def test_a_suspect_whose_options_were_forgotten_waits_for_them_again(
 
 
 async def _await_suspect(slots: Slots) -> tuple[Hold, ClaimedJob]:
-    hold, suspect = hold_of("a.test"), replace(claimed(), crashes=2)
+    hold, suspect = hold_of("a.test"), structs.replace(claimed(), crashes=2)
     slots.supply(hold, [suspect])
     slots.learn_options({suspect.batch_id: {}})
     slots.start_ready()
