@@ -167,6 +167,17 @@ async def _migrate_among_others(engine: AsyncEngine) -> None:
             logger.warning("The migration gives way to a transaction at work: %s", reason(error))
 
 
+async def driver(session: AsyncSession) -> asyncpg.Connection:
+    """Return the driver's own connection, for what SQLAlchemy cannot do, in the transaction of a session.
+
+    One that has executed a statement: SQLAlchemy begins a transaction no earlier.
+    """
+    pooled = await (await session.connection()).get_raw_connection()
+    connection: asyncpg.Connection = pooled.driver_connection
+    assert connection.is_in_transaction()
+    return connection
+
+
 async def ping(session: AsyncSession) -> None:
     """Ask for the least that PostgreSQL can do."""
     await session.execute(text("SELECT 1"))

@@ -15,7 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.engine import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.jobs import leases, tallies
+from app.jobs import bodies, leases, tallies
 from app.jobs.ids import new_job_ids, shard_of_hash
 from app.jobs.leases import OLDEST_UNFINISHED, WAITING_BATCHES
 from app.jobs.tallies import Change, HistogramKey
@@ -320,17 +320,12 @@ RECORD_JOBS = text("""
         FROM recorded WHERE status = 'queued'
     )
     SELECT ARRAY(SELECT number FROM recorded) AS recorded,
-        ARRAY(SELECT number FROM locked WHERE left_status <> 'running') AS recorded_before
-""")
-
-# The update of a row that is there already is never done, but locks the row: no erasure takes the body away under this
-# transaction.
-STORE_BODIES = text("""
-    INSERT INTO body (shard, sha256, encoding, content)
-    SELECT * FROM unnest(
-        CAST(:shards AS smallint[]), CAST(:sha256s AS bytea[]), CAST(:encodings AS text[]), CAST(:contents AS bytea[])
-    )
-    ON CONFLICT (shard, sha256) DO UPDATE SET encoding = body.encoding WHERE false
+        ARRAY(SELECT number FROM locked WHERE left_status <> 'running') AS recorded_before,
+        ARRAY(
+            SELECT number FROM result WHERE (
+                SELECT true FROM body WHERE body.shard = result.shard AND body.sha256 = result.sha256
+            )
+        ) AS bodies_seen
 """)
 
 
@@ -341,7 +336,8 @@ async def record(session: AsyncSession, results: Sequence[Result]) -> Recorded:
     """
     numbers = (await session.execute(RECORD_JOBS, _result_arrays(results))).one()
     stored = [results[number - 1] for number in numbers.recorded]
-    await _store_bodies(session, stored)
+    seen = _bodies(results[number - 1] for number in numbers.bodies_seen)
+    await bodies.store(session, _bodies(stored), seen=seen)
     changes: dict[tallies.Key, Change] = defaultdict(Change)
     for result in stored:
         _add_to_change(changes[result.job.shard, result.job.batch_id], result)
@@ -368,24 +364,12 @@ def _result_arrays(results: Sequence[Result]) -> dict[str, list[Any]]:
     }
 
 
-async def _store_bodies(session: AsyncSession, results: Sequence[Result]) -> None:
-    bodies = {
-        (result.job.shard, result.body_sha256): result
+def _bodies(results: Iterable[Result]) -> dict[bodies.Key, bodies.Packed]:
+    return {
+        (result.job.shard, result.body_sha256): (result.body, result.encoding)
         for result in results
         if result.body is not None and result.body_sha256 is not None
     }
-    if not bodies:
-        return
-    keys = sorted(bodies)
-    await session.execute(
-        STORE_BODIES,
-        {
-            "shards": [shard for shard, _ in keys],
-            "sha256s": [sha256 for _, sha256 in keys],
-            "encodings": [bodies[key].encoding for key in keys],
-            "contents": [bodies[key].body for key in keys],
-        },
-    )
 
 
 def _add_to_change(change: Change, result: Result) -> None:

@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import TextClause, text
 
-from app.jobs import batches, leases, queue, reads, tallies
+from app.jobs import batches, bodies, leases, queue, reads, tallies
 from app.jobs.database import Sessions
 from app.jobs.ids import shard_of_host
 
@@ -132,6 +132,7 @@ STATEMENTS: list[tuple[str, TextClause, Mapping[str, Any]]] = [
     ("find those being cancelled", batches.CANCELLING, {"limit": 100}),
     *((f"erase the rest ({number})", each, {"batch_id": uuid4()}) for number, each in enumerate(batches.ERASE_REST)),
     ("erase jobs", batches.ERASE_JOBS, {"batch_id": uuid4(), "limit": 100, "bytes_max": 2**20}),
+    ("keep bodies", bodies.KEEP, {"shards": [1], "sha256s": [b"1" * 32]}),
     ("erase bodies", batches.ERASE_BODIES, {"shards": [1], "sha256s": [b"1" * 32]}),
     ("read a batch", reads.ONE_BATCH, {"id": uuid4()}),
     ("list batches", reads.MANY_BATCHES, {"limit": 50, "before": uuid4(), "status": None}),

@@ -1,0 +1,107 @@
+"""Bodies are stored once, whoever stores or erases the same bytes at the same time, and come back as they went in."""
+
+import asyncio
+import hashlib
+import os
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.jobs import batches, bodies
+from app.jobs.database import DATABASE_ERRORS, Sessions, is_passing, ping
+from tests.jobs.actors import Client, Worker, success
+from tests.waiting import until
+
+WAITING = text("SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()")
+STORED = text("SELECT shard, sha256, encoding, content FROM body ORDER BY shard, sha256")
+
+
+def packed(*contents: bytes, shard: int = 1) -> dict[bodies.Key, bodies.Packed]:
+    return {(shard, hashlib.sha256(content).digest()): bodies.pack(content) for content in contents}
+
+
+@asynccontextmanager
+async def storing(
+    sessions: Sessions, wanted: dict[bodies.Key, bodies.Packed], *, seen: Iterable[bodies.Key] = ()
+) -> AsyncIterator[AsyncSession]:
+    """A transaction that has stored them, after another statement, as results are."""
+    async with sessions.begin() as session:
+        await ping(session)
+        await bodies.store(session, wanted, seen=list(seen))
+        yield session
+
+
+async def store(sessions: Sessions, wanted: dict[bodies.Key, bodies.Packed], *, seen: Iterable[bodies.Key] = ()) -> None:
+    async with storing(sessions, wanted, seen=seen):
+        pass
+
+
+async def stored(sessions: Sessions) -> dict[bodies.Key, bodies.Packed]:
+    async with sessions.begin() as session:
+        rows = await session.execute(STORED)
+        return {(row.shard, row.sha256): (row.content, row.encoding) for row in rows}
+
+
+async def waiting(sessions: Sessions) -> list[int]:
+    """The processes of PostgreSQL that wait for one another here."""
+    async with sessions.begin() as session:
+        return [row.pid for row in await session.execute(WAITING)]
+
+
+async def test_bodies_of_every_size_come_back(sessions: Sessions) -> None:
+    wanted = packed(b"", b"\0", b"page " * 2_000, *(os.urandom(size) for size in (511, 9_000, 65_536, 300_000)))
+    wanted |= packed(b"page " * 2_000, shard=255)
+    await store(sessions, wanted)
+    assert await stored(sessions) == wanted
+    assert {encoding for _, encoding in wanted.values()} == {"identity", "zstd"}
+
+
+async def test_two_that_store_the_same_bytes_at_once_both_succeed(sessions: Sessions) -> None:
+    first, second = packed(b"shared", b"first"), packed(b"shared", b"second", b"third")
+    async with storing(sessions, first):
+        other = asyncio.create_task(store(sessions, second))
+        await until(lambda: waiting(sessions))
+    await other
+    assert await stored(sessions) == first | second
+
+
+async def test_a_body_that_was_seen_and_is_erased_by_then_is_stored_again(sessions: Sessions) -> None:
+    wanted = packed(b"kept", b"erased")
+    await store(sessions, packed(b"kept"))
+    await store(sessions, wanted, seen=wanted)
+    assert await stored(sessions) == wanted
+
+
+async def test_a_result_whose_body_is_just_being_erased_keeps_its_body(sessions: Sessions) -> None:
+    client, worker = Client(sessions), Worker(sessions)
+    doomed, kept = await client.submit("h"), await client.submit("h")
+    _, jobs = await worker.claim_one()
+    first, second = sorted(jobs, key=lambda job: job.batch_id != doomed)
+    await worker.record(success(first))
+    await client.finish(doomed)
+    await client.delete(doomed)
+    async with sessions.begin() as session:
+        await batches.erase(session, doomed, limit=100)
+        recording = asyncio.create_task(worker.record(success(second)))
+        await until(lambda: waiting(sessions))
+    await recording
+    [job] = await client.jobs(kept)
+    assert list(await stored(sessions)) == [(second.shard, bytes.fromhex(job.body_sha256 or ""))]
+
+
+async def test_a_connection_lost_in_the_middle_says_not_now_and_stores_nothing(sessions: Sessions) -> None:
+    wanted = packed(b"shared", b"more")
+    async with storing(sessions, packed(b"shared")) as session:
+        other = asyncio.create_task(store(sessions, wanted))
+        await until(lambda: waiting(sessions))
+        [pid] = await waiting(sessions)
+        await session.execute(text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+        with pytest.raises(DATABASE_ERRORS) as lost:
+            await other
+        assert is_passing(lost.value)
+    assert await stored(sessions) == packed(b"shared")
+    await store(sessions, packed(b"later"))
+    assert await stored(sessions) == packed(b"shared", b"later")
