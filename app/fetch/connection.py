@@ -68,7 +68,7 @@ class Connection(asyncio.BufferedProtocol):
             await self._news()
         self._raise_failure()
         whole = bytes(exchange.body)
-        exchange.body.clear()  # an idle connection keeps its last exchange
+        exchange.body = b""  # an idle connection keeps its last exchange
         return whole
 
     @property

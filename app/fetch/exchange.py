@@ -32,7 +32,7 @@ class Exchange:
         self._head_bytes = b""
         self._informational_count = 0
         self.head: Head | None = None
-        self.body = bytearray()
+        self.body: bytes | bytearray = b""
         self.wire_bytes = 0
         self.complete = False
         self.extra = False
@@ -96,16 +96,25 @@ class Exchange:
         if self.head.framing is Framing.CHUNKED:
             self._take_chunks(data, self.head.message)
         elif self.head.framing is Framing.UNTIL_CLOSE:
-            self.body += data
+            self._append(data)
             self.wire_bytes += len(data)
         else:
             self._take_counted(data, self.head.length - self.wire_bytes)
         if self.wire_bytes > self._wire_bytes_max:
             raise Failed(FailureCode.BODY_TOO_LARGE, "The body is larger than the limit.")
 
+    def _append(self, data: bytes) -> None:
+        """Add to the body; what comes in one piece, as most do, is not copied."""
+        if not self.body:
+            self.body = data
+            return
+        if isinstance(self.body, bytes):
+            self.body = bytearray(self.body)
+        self.body += data
+
     def _take_counted(self, data: bytes, missing: int) -> None:
         self.extra = len(data) > missing
-        self.body += data[:missing] if self.extra else data
+        self._append(data[:missing] if self.extra else data)
         self.wire_bytes += min(missing, len(data))
         self.complete = len(data) >= missing
 

@@ -212,5 +212,7 @@ def _frame(lengths: list[str], codings: list[str], *, bodiless: bool) -> tuple[F
 def _keeps_alive(version: str, connection: list[str]) -> bool:
     if not connection:
         return version == "1.1"
+    if connection == ["keep-alive"]:  # as nearly all say it
+        return True
     options = {option.strip() for value in connection for option in value.lower().split(",")}
     return "close" not in options if version == "1.1" else "keep-alive" in options

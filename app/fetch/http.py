@@ -235,7 +235,8 @@ def _defaults(user_agent: str) -> RawFields:
 
 
 def _values(headers: Headers, wanted: str) -> list[str]:
-    return [value for name, value in headers if name.lower() == wanted]
+    size = len(wanted)
+    return [value for name, value in headers if len(name) == size and name.lower() == wanted]
 
 
 def _failure(code: FailureCode, detail: str, trace: Trace) -> Failure:
