@@ -6,6 +6,7 @@ Never keeps cookies.
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
@@ -81,7 +82,7 @@ async def fetch(request: FetchRequest, *, transport: Transport, move: Move | Non
 
     `move(host)` is awaited before a redirect is followed to another politeness key; the deadline covers it.
     """
-    trace = Trace(asyncio.get_running_loop().time())
+    trace = Trace(time.monotonic())
     try:
         return await _with_deadline(request, transport, move, trace=trace)
     except (Failed, Refused) as stop:
@@ -147,7 +148,7 @@ async def _receive(step: Step, answer: Answer, limits: Limits, *, transport: Tra
         headers=headers,
         body=decoded.body,
         final_url=step.target.url,
-        evidence=trace.evidence(now=asyncio.get_running_loop().time()),
+        evidence=trace.evidence(now=time.monotonic()),
         flags=decoded.flags,
     )
 
@@ -242,5 +243,5 @@ def _values(headers: Headers, wanted: str) -> list[str]:
 def _failure(code: FailureCode, detail: str, trace: Trace) -> Failure:
     if code in BLOCKED:
         return Failure(code=code, detail=detail, sent=trace.sent, evidence=Evidence(redirects=tuple(trace.redirects)))
-    evidence = trace.evidence(now=asyncio.get_running_loop().time())
+    evidence = trace.evidence(now=time.monotonic())
     return Failure(code=code, detail=detail, sent=trace.sent, evidence=evidence)

@@ -4,6 +4,7 @@ Opens none and judges no answer: whether a connection may be used again it asks 
 """
 
 import asyncio
+import time
 from typing import NamedTuple
 
 from app.fetch.connection import Connection
@@ -48,7 +49,7 @@ class IdleConnections:
         kept = self._by_host.get(affinity.host)
         if kept is None:
             return None
-        oldest_at = asyncio.get_running_loop().time() - (self._idle_s if safe else UNSAFE_REUSE_S)
+        oldest_at = time.monotonic() - (self._idle_s if safe else UNSAFE_REUSE_S)
         for index in reversed(range(len(kept))):
             idle = kept[index]
             if idle.affinity == affinity and idle.since_at >= oldest_at and not idle.connection.closed:
@@ -64,7 +65,7 @@ class IdleConnections:
             if not kept:
                 del self._by_host[affinity.host]
             return
-        kept.append(Idle(affinity, asyncio.get_running_loop().time(), connection))
+        kept.append(Idle(affinity, time.monotonic(), connection))
         self.count += 1
         if self.count > self._idle_max:
             self._close_oldest()
@@ -105,7 +106,7 @@ class IdleConnections:
     def _sweep_idle(self) -> None:
         """Close what has been idle for too long, and forget what its server closed."""
         self._sweep = None
-        oldest_at = asyncio.get_running_loop().time() - self._idle_s
+        oldest_at = time.monotonic() - self._idle_s
         for host, kept in list(self._by_host.items()):
             for index in reversed(range(len(kept))):
                 if kept[index].since_at < oldest_at or kept[index].connection.closed:

@@ -1,4 +1,8 @@
-"""What is known of a fetch while it runs, and the evidence made of it; it reads no clock and steers nothing."""
+"""What is known of a fetch while it runs, and the evidence made of it; it reads no clock and steers nothing.
+
+Its times are those of `time.monotonic`, which is asyncio's clock. Asking for the loop to ask for the time costs a system
+call (getpid), up to Python 3.11.
+"""
 
 from dataclasses import dataclass, field
 
@@ -31,7 +35,7 @@ class Trace:
         self.reused = False
 
     def evidence(self, *, now: float) -> Evidence:
-        """Put down what is known, as of `now` on the loop's clock."""
+        """Put down what is known, as of `now`."""
         total_ms = elapsed_ms(self.started_at, now)
         connection, exchange = self.connection, self.exchange
         if connection is None or exchange is None:
@@ -55,7 +59,7 @@ class Trace:
 
 
 def elapsed_ms(start_at: float | None, end_at: float | None) -> float | None:
-    """Give the milliseconds between two times of the loop's clock; `None` if one of them never came."""
+    """Give the milliseconds between two times; `None` if one of them never came."""
     if start_at is None or end_at is None:
         return None
     return round((end_at - start_at) * 1000, 3)
