@@ -29,6 +29,15 @@ LEVEL = 1
 SMALL_BYTES_MAX = 128 * 2**10
 """Bodies up to this size are packed within half a millisecond; larger ones are best packed in a thread."""
 
+COLUMNS = ("shard", "sha256", "encoding", "content")
+COPY_START = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+COPY_END = b"\xff\xff"
+COPY_BYTES = 64 * 2**10
+"""Written at once: a socket takes that whole. Of more, asyncio keeps copies: 1.5 MB in one piece cost three times as
+much."""
+_KEY_FIELDS = Struct("!hihi32si")
+_LENGTH = Struct("!i")
+
 _small = zstd.ZstdCompressor(
     options={zstd.CompressionParameter.compression_level: LEVEL, zstd.CompressionParameter.hash_log: 13}
 )
@@ -56,7 +65,7 @@ def unpack(stored: bytes, encoding: str) -> bytes:
     return zstd.decompress(stored) if encoding == "zstd" else stored
 
 
-# The lock keeps erasures from taking a body away under this transaction. One after the other (LATERAL), so in key order.
+# The lock keeps erasures from taking a body away under this transaction. Row by row (LATERAL), so in key order.
 KEEP = text("""
     SELECT wanted.shard, wanted.sha256
     FROM (
@@ -119,12 +128,3 @@ async def _copy_rows(keys: Sequence[Key], packed: Mapping[Key, Packed]) -> Async
             yield b"".join(parts)
             parts, size = [], 0
     yield b"".join((*parts, COPY_END))
-
-
-COLUMNS = ("shard", "sha256", "encoding", "content")
-COPY_START = b"PGCOPY\n\xff\r\n\0" + bytes(8)
-COPY_END = b"\xff\xff"
-COPY_BYTES = 64 * 2**10
-"""Written at once: a socket takes it whole. Of more, asyncio keeps copies: 1.5 MB in one piece cost three times as much."""
-_KEY_FIELDS = Struct("!hihi32si")
-_LENGTH = Struct("!i")

@@ -75,7 +75,7 @@ async def away() -> AsyncIterator[tuple[Server, Transport]]:
 
 async def sent_for(**changes: object) -> Asked:
     async with serve(always(page())) as server, transport_to() as transport:
-        request = structs.replace(asking(server.url("/a%20b?c=d")), **changes)  # type: ignore[arg-type]
+        request = structs.replace(asking(server.url("/a%20b?c=d")), **changes)
         ok(await fetch(request, transport=transport))
     assert server.asked[0].headers.pop("host") == f"127.0.0.1:{server.port}"
     return server.asked[0]
@@ -117,7 +117,7 @@ async def test_a_method_that_expects_a_body_says_when_there_is_none(method: str,
 )
 async def test_what_must_not_be_sent_is_refused_without_a_trace(changes: dict[str, object], code: str) -> None:
     async with transport_to() as transport:
-        outcome = failed(await fetch(structs.replace(asking("http://127.0.0.1/"), **changes), transport=transport))  # type: ignore[arg-type]
+        outcome = failed(await fetch(structs.replace(asking("http://127.0.0.1/"), **changes), transport=transport))
     assert (outcome.code, outcome.sent, outcome.evidence) == (code, False, Evidence())
 
 

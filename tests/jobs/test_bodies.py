@@ -34,7 +34,9 @@ async def storing(
         yield session
 
 
-async def store(sessions: Sessions, wanted: dict[bodies.Key, bodies.Packed], *, seen: Iterable[bodies.Key] = ()) -> None:
+async def store(
+    sessions: Sessions, wanted: dict[bodies.Key, bodies.Packed], *, seen: Iterable[bodies.Key] = ()
+) -> None:
     async with storing(sessions, wanted, seen=seen):
         pass
 
