@@ -179,7 +179,7 @@ body = Table(
     Column("encoding", Text, nullable=False),
     Column("content", LargeBinary, nullable=False),
     PrimaryKeyConstraint("shard", "sha256"),
-    CheckConstraint("encoding IN ('identity', 'zstd')", name="encoding_known"),
+    CheckConstraint("encoding IN ('identity', 'gzip', 'zstd')", name="encoding_known"),
     CheckConstraint("octet_length(sha256) = 32", name="sha256_whole"),
     postgresql_with={"toast_tuple_target": "8160"},
 )

@@ -66,7 +66,7 @@ async def test_a_migration_gives_way_to_a_transaction_at_work_and_comes_again(se
     version = await other.fetchval("SELECT version_num FROM alembic_version")
     await other.close()
     await drop(server_url, name)
-    assert version == "0008"
+    assert version == "0009"
 
 
 async def test_many_processes_may_migrate_one_database_at_once(server_url: str) -> None:
