@@ -41,9 +41,10 @@ _LENGTH = Struct("!i")
 
 
 def pack(content: bytes) -> Packed:
-    """Return the bytes to store and their encoding: `gzip`, `zstd` if large, or `identity`. Threads may call it at once.
+    """Return the bytes to store and their encoding: `gzip`, `zstd` if large, or `identity`.
 
-    zstd makes hardly less of a page, and takes one and a half times as long for it; of large ones it makes a tenth less.
+    zstd makes hardly less of a page and takes one and a half times as long; of large ones it makes a tenth less.
+    Threads may call it at once.
     """
     if len(content) < PACK_BYTES_MIN:
         return content, "identity"
