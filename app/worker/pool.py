@@ -79,7 +79,9 @@ class Pool:
         self._settings = settings
         self._woken = asyncio.Event()
         self._holds: Holds = {}
-        self._recorder = Recorder(sessions, self._note_stored)
+        self._recorder = Recorder(
+            sessions, on_stored=self._note_stored, present_batches=lambda: self._slots.present_batches()
+        )
         self._slots = Slots(
             count=settings.slots,
             host_concurrency=settings.host_concurrency,

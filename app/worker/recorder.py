@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from uuid import UUID
 
 from app.jobs import batches, database, leases, queue
 from app.jobs.database import DATABASE_ERRORS, Sessions, is_refused_value
@@ -32,11 +33,20 @@ class Recorder:
     """A bounded buffer of results and the loop that stores them.
 
     `on_stored` is called with the results of each flush after its commit, whether their leases still stood or not.
+    `present_batches` tells of which batches this worker has jobs that still run or wait.
     """
 
-    def __init__(self, sessions: Sessions, on_stored: Callable[[Sequence[Result]], None]) -> None:
+    def __init__(
+        self,
+        sessions: Sessions,
+        *,
+        on_stored: Callable[[Sequence[Result]], None],
+        present_batches: Callable[[], set[UUID]],
+    ) -> None:
         self._sessions = sessions
         self._on_stored = on_stored
+        self._present_batches = present_batches
+        self._maybe_finished: set[UUID] = set()
         self._results: list[Result] = []
         self._back_offs: dict[tuple[int, str], BackOff] = {}
         self._bytes = 0
@@ -158,11 +168,19 @@ class Recorder:
                 await leases.back_off(session, back_offs)
             recorded = await queue.record(session, results)
         self._flushed_at = time.monotonic()
-        if recorded.maybe_finished:
-            async with self._sessions.begin() as session:
-                await batches.finish(session, recorded.maybe_finished)
+        self._maybe_finished |= recorded.maybe_finished
+        if self._maybe_finished:
+            await self._finish_batches(self._results[len(results) :])
         if recorded.dropped:
             await self._note_dropped(recorded.dropped)
+
+    async def _finish_batches(self, later: Sequence[Result]) -> None:
+        """Finish what may be finished: not a batch of which this worker has more, whose results come `later`."""
+        present = self._present_batches() | {result.job.batch_id for result in later}
+        if asked := self._maybe_finished - present:
+            async with self._sessions.begin() as session:
+                await batches.finish(session, asked)
+            self._maybe_finished -= asked
 
     async def _note_dropped(self, jobs: Sequence[ClaimedJob]) -> None:
         """Count them, and clear their jobs of the crash that the loss of their lease was taken for: we live."""
