@@ -4,7 +4,6 @@ Knows nothing of jobs, retries or which statuses are wanted: a complete response
 Never keeps cookies.
 """
 
-import asyncio
 import logging
 import time
 import uuid
@@ -84,25 +83,14 @@ async def fetch(request: FetchRequest, *, transport: Transport, move: Move | Non
     """
     trace = Trace(time.monotonic())
     try:
-        return await _with_deadline(request, transport, move, trace=trace)
+        with transport.deadlines.within(request.limits.timeout_s):  # DNS to body and decoding
+            return await _follow_redirects(request, transport, move, trace=trace)
     except (Failed, Refused) as stop:
         return _failure(stop.code, stop.detail, trace)
     except Exception:
         error_id = uuid.uuid4().hex
         logger.exception("internal error %s in a fetch", error_id)
         return _failure(FailureCode.INTERNAL_ERROR, f"An error of this service; its log has it as {error_id}.", trace)
-
-
-async def _with_deadline(request: FetchRequest, transport: Transport, move: Move | None, *, trace: Trace) -> Response:
-    """Bound everything, DNS to body and decoding, by one budget."""
-    deadline = asyncio.timeout(request.limits.timeout_s)
-    try:
-        async with deadline:
-            return await _follow_redirects(request, transport, move, trace=trace)
-    except TimeoutError as error:
-        if not deadline.expired():
-            raise
-        raise Failed(FailureCode.DEADLINE_EXCEEDED, "The total time of the attempt was used up.") from error
 
 
 async def _follow_redirects(

@@ -8,10 +8,12 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import httpx2
 
 from app.fetch.connection import Connection
+from app.fetch.deadline import Deadlines
 from app.fetch.decoding import Decoders
 from app.fetch.dialling import connect
 from app.fetch.exchange import Exchange
@@ -64,18 +66,20 @@ class Request(httpx2.Request):
 
 
 class Answer(httpx2.Response):
-    """An httpx response made from a parsed head; httpx's headers are made only if somebody asks."""
+    """An httpx response made from a parsed head; what httpx makes of it is made only if somebody asks."""
 
     def __init__(self, head: Head, body: "Body") -> None:
-        super().__init__(head.status, stream=body)
-        del self.headers  # httpx's empty ones, which hide the property
+        self.status_code = head.status
         self.fields = head.fields
         self.body = body
 
-    @cached_property
-    def headers(self) -> httpx2.Headers:  # type: ignore[override]
-        """The fields as httpx would have them."""
-        return httpx2.Headers(self.fields, encoding="latin-1")
+    def __getattr__(self, name: str) -> Any:
+        """Make it an httpx response at last, for somebody who asks for more than the above."""
+        if "stream" in self.__dict__:
+            raise AttributeError(name)
+        super().__init__(self.status_code, stream=self.body)
+        self.headers = httpx2.Headers(self.fields, encoding="latin-1")
+        return getattr(self, name)
 
 
 class Body(httpx2.AsyncByteStream):
@@ -146,6 +150,7 @@ class Transport(httpx2.AsyncBaseTransport):
         self.resolver = resolver
         self.user_agent = user_agent
         self.decoders = Decoders(decoders)
+        self.deadlines = Deadlines()
         self._context = make_context(ca_file)
         self._idle = IdleConnections(idle_max=idle_max, idle_per_host_max=idle_per_host_max, idle_s=idle_s)
 
