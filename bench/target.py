@@ -151,7 +151,7 @@ def _tls_lines(folder: Path, kind: str) -> str:
 
 
 def _page_pieces() -> list[str]:
-    """A page's text, much like HTML: zstd makes 37 % of it. None of it means anything to nginx."""
+    """A page's text, much like HTML: gzip makes 38 % of it. None of it means anything to nginx."""
     chance = random.Random("pages")
     words = ["".join(chance.choices("abcdefghiklmnoprstuvwy", k=chance.randint(2, 9))) for _ in range(400)]
     text = ""

@@ -6,6 +6,7 @@ raised as `Failed`; a connection is worth keeping only while `reusable`.
 
 import asyncio
 import ssl
+import time
 
 from app.fetch.exchange import Exchange
 from app.fetch.head import Head
@@ -43,7 +44,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def start(self, request: bytes, *, method: str, limits: Limits) -> Exchange:
         """Send a request; the answer comes into the exchange returned."""
-        self._heard_at = self._loop.time()
+        self._heard_at = time.monotonic()
         self._exchange = Exchange(method, limits, sent_at=self._heard_at)
         self._read_timeout_s = limits.read_timeout_s
         self._watch_silence()
@@ -135,7 +136,7 @@ class Connection(asyncio.BufferedProtocol):
         if exchange is None or exchange.complete:  # nobody asked: the next answer must not start with these
             self.abort()
             return
-        self._heard_at = self._loop.time()
+        self._heard_at = time.monotonic()
         if exchange.first_byte_at is None:
             exchange.first_byte_at = self._heard_at
         had_head = exchange.head is not None
@@ -167,7 +168,7 @@ class Connection(asyncio.BufferedProtocol):
         exchange = self._exchange
         if exchange is not None and not exchange.complete and self._failure is None:
             self._failure = exchange.end() if error is None else _explain_break(error, exchange)
-            exchange.completed_at = self._loop.time() if exchange.complete else None
+            exchange.completed_at = time.monotonic() if exchange.complete else None
         self._wake()
 
     def _watch_silence(self) -> None:
@@ -187,8 +188,8 @@ class Connection(asyncio.BufferedProtocol):
         unsent_bytes = self._transport.get_write_buffer_size()
         if unsent_bytes < self._unsent_bytes:
             self._unsent_bytes = unsent_bytes
-            self._heard_at = self._loop.time()
-        if self._loop.time() < self._heard_at + self._read_timeout_s:
+            self._heard_at = time.monotonic()
+        if time.monotonic() < self._heard_at + self._read_timeout_s:
             self._watch_silence()
         else:
             self._fail(_explain_silence(exchange, unsent_bytes))

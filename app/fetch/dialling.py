@@ -7,6 +7,7 @@ import asyncio
 import errno
 import socket
 import ssl
+import time
 from collections.abc import Sequence
 
 from app.fetch.address import is_public, parse
@@ -28,21 +29,19 @@ async def connect(
     target: Target, *, limits: Limits, trace: Trace, policy: Policy, resolver: Resolver, context: Context
 ) -> Connection:
     """Connect to the first checked address that answers. Raise `Refused` or `Failed`."""
-    loop = asyncio.get_running_loop()
-    started_at = loop.time()
+    started_at = time.monotonic()
     checked = await addresses(target, resolver, policy)
-    trace.dns_ms = None if target.is_literal else elapsed_ms(started_at, loop.time())
+    trace.dns_ms = None if target.is_literal else elapsed_ms(started_at, time.monotonic())
     return await _dial_in_turn(checked[:DIALS_MAX], target, within_s=limits.connect_timeout_s, context=context)
 
 
 async def _dial_in_turn(checked: Sequence[str], target: Target, *, within_s: float, context: Context) -> Connection:
     """Dial one address after the other; each may take an even share of the time that is left."""
-    loop = asyncio.get_running_loop()
-    until_at = loop.time() + within_s
+    until_at = time.monotonic() + within_s
     failures = []
     for count, address in enumerate(checked):
         try:
-            async with asyncio.timeout((until_at - loop.time()) / (len(checked) - count)):
+            async with asyncio.timeout((until_at - time.monotonic()) / (len(checked) - count)):
                 return await _dial(address, target, context=context)
         except TimeoutError:
             failures.append(Failed(FailureCode.CONNECT_TIMEOUT, "TCP and TLS did not stand in time."))
@@ -56,10 +55,9 @@ async def _dial_in_turn(checked: Sequence[str], target: Target, *, within_s: flo
 
 async def _dial(address: str, target: Target, *, context: Context) -> Connection:
     """Connect to one checked address and, for https, shake hands in the target's name."""
-    loop = asyncio.get_running_loop()
-    started_at = loop.time()
+    started_at = time.monotonic()
     connected = await _connect_socket(address, target.port)
-    connected_at = loop.time()
+    connected_at = time.monotonic()
     try:
         connection = await _adopt(connected, target, context=context)
     except Failed:
@@ -67,7 +65,7 @@ async def _dial(address: str, target: Target, *, context: Context) -> Connection
             raise
         return await _dial(address, target, context=context)
     connection.connect_ms = elapsed_ms(started_at, connected_at)
-    connection.tls_ms = elapsed_ms(connected_at, loop.time()) if target.scheme == "https" else None
+    connection.tls_ms = elapsed_ms(connected_at, time.monotonic()) if target.scheme == "https" else None
     connection.remote_address = address if is_public(parse(address)) else None
     return connection
 

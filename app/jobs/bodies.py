@@ -1,8 +1,11 @@
-"""Bodies, each stored once in a shard: compressed where that saves room, so that PostgreSQL need not try."""
+"""Bodies, each stored once in a shard: compressed where that saves room, so that PostgreSQL need not try.
 
+Knows no jobs; `batches` erases the bodies that none wants any more.
+"""
+
+import struct
 import sys
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from struct import Struct
 from typing import Any
 
 import asyncpg
@@ -33,11 +36,12 @@ SMALL_BYTES_MAX = 128 * 2**10
 COLUMNS = ("shard", "sha256", "encoding", "content")
 COPY_START = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 COPY_END = b"\xff\xff"
+"""Of COPY's binary format: a signature, no flags and no extension; and a row of -1 fields."""
 COPY_BYTES = 64 * 2**10
 """Written at once: a socket takes that whole. Of more, asyncio keeps copies: 1.5 MB in one piece cost three times as
 much."""
-_KEY_FIELDS = Struct("!hihi32si")
-_LENGTH = Struct("!i")
+_ROW_START = struct.Struct("!hihi32si")
+_LENGTH = struct.Struct("!i")
 
 
 def pack(content: bytes) -> Packed:
@@ -88,26 +92,29 @@ INSERT = text("""
 async def store(session: AsyncSession, packed: Mapping[Key, Packed], *, seen: Collection[Key]) -> None:
     """Store bodies in the caller's transaction, but for those of the `seen` that are still there.
 
-    Nobody erases any of them before its end.
+    Nobody erases any of them before its end. By COPY, at half the cost of an INSERT; it knows no ON CONFLICT, so that
+    the rare conflict undoes it, by a savepoint.
     """
-    kept = await _keep(session, seen) if seen else set()
-    if new := sorted(packed.keys() - kept):
-        await _add(session, new, packed)
+    if not packed:
+        return
+    driver = await database.driver(session)
+    try:
+        async with driver.transaction():
+            kept = await _keep(session, seen) if seen else set()
+            if new := sorted(packed.keys() - kept):
+                await driver.copy_to_table("body", source=_copy_rows(new, packed), columns=COLUMNS, format="binary")
+    except asyncpg.UniqueViolationError:  # another worker has just stored the same bytes
+        await _insert(session, packed)  # all of them: those that were kept are free again, and are locked in key order
 
 
 async def _keep(session: AsyncSession, keys: Collection[Key]) -> set[Key]:
     return {(row.shard, row.sha256) for row in await session.execute(KEEP, _columns(keys))}
 
 
-async def _add(session: AsyncSession, keys: Sequence[Key], packed: Mapping[Key, Packed]) -> None:
-    """By COPY, at half the cost of an INSERT. It knows no ON CONFLICT: the rare conflict undoes it, by a savepoint."""
-    driver = await database.driver(session)
-    try:
-        async with driver.transaction():
-            await driver.copy_to_table("body", source=_copy_rows(keys, packed), columns=COLUMNS, format="binary")
-    except asyncpg.UniqueViolationError:  # another worker has just stored the same bytes
-        contents, encodings = map(list, zip(*(packed[key] for key in keys), strict=True))
-        await session.execute(INSERT, _columns(keys) | {"contents": contents, "encodings": encodings})
+async def _insert(session: AsyncSession, packed: Mapping[Key, Packed]) -> None:
+    keys = sorted(packed)
+    contents, encodings = map(list, zip(*(packed[key] for key in keys), strict=True))
+    await session.execute(INSERT, _columns(keys) | {"contents": contents, "encodings": encodings})
 
 
 def _columns(keys: Collection[Key]) -> dict[str, list[Any]]:
@@ -115,12 +122,16 @@ def _columns(keys: Collection[Key]) -> dict[str, list[Any]]:
 
 
 async def _copy_rows(keys: Sequence[Key], packed: Mapping[Key, Packed]) -> AsyncIterator[bytes]:
-    """Write rows in the binary format of COPY: the number of fields, then each after its length."""
+    """Write rows in the binary format of COPY: the number of fields, then each after its length.
+
+    Not by asyncpg's `copy_records_to_table`, which prepares a statement that PgBouncer would not carry over, and not as
+    a file, which it would read in a thread.
+    """
     parts, size = [COPY_START], 0
     for shard, sha256 in keys:
         content, encoding = packed[shard, sha256]
         name = encoding.encode("ascii")
-        parts += (_KEY_FIELDS.pack(4, 2, shard, 32, sha256, len(name)), name, _LENGTH.pack(len(content)), content)
+        parts += (_ROW_START.pack(4, 2, shard, 32, sha256, len(name)), name, _LENGTH.pack(len(content)), content)
         size += len(content)
         if size >= COPY_BYTES:
             yield b"".join(parts)

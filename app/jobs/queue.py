@@ -166,7 +166,8 @@ NEWEST_BATCH = """
     WHERE NOT (SELECT cancel_requested FROM tally WHERE tally.shard = turn.shard AND tally.batch_id = newest.batch_id)
 """
 
-TAKEN = ", ".join(f"job.{name}" for name in ClaimedJob.__struct_fields__)
+CLAIMED_COLUMNS = ", ".join(f"job.{name}" for name in ClaimedJob.__struct_fields__)
+"""In the order of the fields, for jobs are made of rows by position."""
 
 # Found once by the claim's index, then by place (ctid), row by row (LATERAL), and the status it leaves is that of the
 # locked row. By key, the planner went by way of that index again and read all of the host's jobs for each. Joined, it
@@ -217,7 +218,7 @@ TAKE_JOBS = text(f"""
     )
     UPDATE job SET status = 'running', attempt = attempt + 1, lease = locked.lease, started_at = now()
     FROM locked WHERE job.ctid = locked.place AND locked.left_status = 'queued'
-    RETURNING {TAKEN}, job.run_at
+    RETURNING {CLAIMED_COLUMNS}, job.run_at
 """)
 
 
@@ -336,8 +337,9 @@ async def record(session: AsyncSession, results: Sequence[Result]) -> Recorded:
     """
     numbers = (await session.execute(RECORD_JOBS, _result_arrays(results))).one()
     stored = [results[number - 1] for number in numbers.recorded]
-    seen = _bodies(results[number - 1] for number in numbers.bodies_seen)
-    await bodies.store(session, _bodies(stored), seen=seen)
+    wanted = _bodies(stored)
+    seen = wanted.keys() & _bodies(results[number - 1] for number in numbers.bodies_seen).keys()
+    await bodies.store(session, wanted, seen=seen)
     changes: dict[tallies.Key, Change] = defaultdict(Change)
     for result in stored:
         _add_to_change(changes[result.job.shard, result.job.batch_id], result)

@@ -70,7 +70,8 @@ class NewJobs:
 class ClaimedJob(Struct, frozen=True):
     """A job that is this worker's to run, while it holds `lease` on the job's host; `attempt` counts from 1.
 
-    Its fields are columns of `job`. `request` has what it asks for other than its batch, if anything.
+    Its fields are columns of `job`, in the order in which claims return them. `request` has what it asks for other than
+    its batch, if anything.
     """
 
     shard: int

@@ -5,8 +5,7 @@ import hashlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from msgspec import structs
-from msgspec.json import Encoder
+from msgspec import json, structs
 
 from app.fetch.http import fetch
 from app.fetch.transport import Transport
@@ -20,8 +19,6 @@ CUT_OFF_WHEN = {
     FailureCode.LEASE_LOST: "its lease on the host was lost",
     FailureCode.SHUTDOWN_INTERRUPTED: "it was told to stop",
 }
-
-_json = Encoder()
 
 
 async def run(
@@ -117,4 +114,4 @@ def _evidence_json(outcome: Outcome) -> str:
     stored: dict[str, Any] = {name: value for name, value in known.items() if value is not None}
     if isinstance(outcome, Response):
         stored |= {"final_url": outcome.final_url, "headers": outcome.headers, "flags": outcome.flags}
-    return _json.encode(stored).decode().replace("\\u0000", "\\ufffd")
+    return json.encode(stored).decode().replace("\\u0000", "\\ufffd")

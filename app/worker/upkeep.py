@@ -107,7 +107,7 @@ class Upkeep:
                 await batches.finish(session, [batch_id])
 
     async def _finish_batches(self) -> None:
-        """Finish what nobody did: recorders finish batches at once, but may die between the record and that."""
+        """Finish what nobody did: recorders do when they have no more of one, but may die first."""
         async with self._readers() as session:
             finishable = await batches.find_finishable(session, limit=BATCHES_PER_ROUND_MAX)
         if finishable:

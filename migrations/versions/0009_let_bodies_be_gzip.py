@@ -9,16 +9,16 @@ depends_on = None
 
 
 def upgrade() -> None:
-    _know("'identity', 'gzip', 'zstd'")
+    _allow("'identity', 'gzip', 'zstd'")
 
 
 def downgrade() -> None:
     """Fails, and changes nothing, where a body is stored as gzip."""
-    _know("'identity', 'zstd'")
+    _allow("'identity', 'zstd'")
 
 
-def _know(encodings: str) -> None:
-    """Read all bodies' encodings once, which takes about a second for each million."""
+def _allow(encodings: str) -> None:
+    """Read all bodies' encodings, which takes about a second for each million; nothing is stored meanwhile."""
     op.execute("SET LOCAL lock_timeout = '5s'")
     op.execute("ALTER TABLE body DROP CONSTRAINT body_encoding_known")
     op.execute(f"ALTER TABLE body ADD CONSTRAINT body_encoding_known CHECK (encoding IN ({encodings}))")

@@ -22,6 +22,7 @@ else:
     from backports import zstd
 
 WAITING = text("SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()")
+LOCK = text("SELECT FROM body WHERE sha256 = :sha256 FOR UPDATE")
 STORED = text("SELECT shard, sha256, encoding, content FROM body ORDER BY shard, sha256")
 
 
@@ -104,6 +105,19 @@ async def test_a_body_that_was_seen_and_is_erased_by_then_is_stored_again(sessio
     wanted = packed(b"kept", b"erased")
     await store(sessions, packed(b"kept"))
     await store(sessions, wanted, seen=wanted)
+    assert await stored(sessions) == wanted
+
+
+async def test_an_erasure_gets_the_next_body_though_the_one_it_has_is_waited_for(sessions: Sessions) -> None:
+    wanted = packed(b"one", b"two")
+    await store(sessions, wanted)
+    first, second = sorted(wanted)
+    async with sessions.begin() as session:
+        await session.execute(LOCK, {"sha256": first[1]})
+        storing = asyncio.create_task(store(sessions, wanted, seen=[second]))
+        await until(lambda: waiting(sessions))
+        await session.execute(LOCK, {"sha256": second[1]})
+    await storing
     assert await stored(sessions) == wanted
 
 
