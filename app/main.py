@@ -38,7 +38,7 @@ from app.fetch.policy import Policy
 from app.fetch.resolver import Resolver
 from app.fetch.transport import Transport
 from app.jobs import embedded
-from app.jobs.database import Sessions, make_engine, make_readers, make_sessions, migrate
+from app.jobs.database import Sessions, make_autocommit, make_engine, make_sessions, migrate
 from app.jobs.hints import Listener
 from app.jobs.silence import watching
 from app.jobs.workers import Identity
@@ -144,7 +144,7 @@ async def _serve_until_stopped(settings: Settings, listener: socket.socket) -> N
 def _make_api(settings: Settings, engine: AsyncEngine, port: int) -> FastAPI:
     return create_app(
         sessions=make_sessions(engine),
-        readers=_make_readers(engine, settings),
+        autocommit=_make_autocommit(engine, settings),
         policy=_make_policy(settings, port),
         version=__version__,
         host=settings.host,
@@ -259,17 +259,17 @@ def _say(text: str) -> None:
 
 async def _work_until_stopped(settings: Settings, transport: Transport, *, of_a_service: bool) -> None:
     engine = make_engine(_database_url(settings), pgbouncer=settings.pgbouncer, pool_size=WORKER_CONNECTIONS)
-    sessions, readers = make_sessions(engine), _make_readers(engine, settings)
+    sessions, autocommit = make_sessions(engine), _make_autocommit(engine, settings)
     listener = Listener()
     pool = Pool(
         sessions=sessions,
-        readers=readers,
+        autocommit=autocommit,
         transport=transport,
         listener=listener,
         identity=_identity(settings),
         settings=_pool_settings(settings),
     )
-    upkeep = Upkeep(sessions, readers=readers, listener=listener, lease_s=settings.lease_s)
+    upkeep = Upkeep(sessions, autocommit=autocommit, listener=listener, lease_s=settings.lease_s)
     stops = itertools.chain([pool.drain], itertools.repeat(pool.stop))
     _on_signal(lambda: next(stops)())
     if of_a_service:
@@ -378,8 +378,8 @@ async def _migrate(settings: Settings) -> None:
     await migrate(_database_url(settings), pgbouncer=settings.pgbouncer)
 
 
-def _make_readers(engine: AsyncEngine, settings: Settings) -> Sessions:
-    return make_sessions(engine) if settings.pgbouncer else make_readers(engine)
+def _make_autocommit(engine: AsyncEngine, settings: Settings) -> Sessions:
+    return make_sessions(engine) if settings.pgbouncer else make_autocommit(engine)
 
 
 def _watched(engine: AsyncEngine, settings: Settings) -> AbstractAsyncContextManager[None]:

@@ -19,7 +19,7 @@ from app.jobs.database import Sessions
 def create_app(
     *,
     sessions: Sessions,
-    readers: Sessions,
+    autocommit: Sessions,
     policy: Policy,
     version: str,
     host: str,
@@ -27,7 +27,7 @@ def create_app(
     allowed_hosts: Sequence[str],
     bounds: Bounds,
 ) -> FastAPI:
-    """Make the ASGI application; `host` is the address it listens on; `readers` are sessions that run one SELECT each.
+    """Make the ASGI application; `host` is the address it listens on; each statement of `autocommit` commits.
 
     Call `stop_waiting` when the server is told to stop, or long polls hold it up.
     """
@@ -41,7 +41,7 @@ def create_app(
     )
     app.state.context = Context(
         sessions=sessions,
-        readers=readers,
+        autocommit=autocommit,
         intake=Intake(policy=policy, bounds=bounds),
         waits=Waits(),
         is_open=api_token is None,

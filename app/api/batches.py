@@ -370,7 +370,7 @@ async def _wait_until_finished(request: Request, context: Context, *, batch_id: 
 
 
 async def _look(context: Context, batch_id: UUID) -> Seen:
-    async with context.readers() as session:
+    async with context.autocommit() as session:
         batch = await _require(session, batch_id)
     return _seen(batch)
 

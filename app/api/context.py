@@ -15,7 +15,7 @@ class Context:
     """Made once by `create_app`, handed to every endpoint."""
 
     sessions: Sessions
-    readers: Sessions
+    autocommit: Sessions
     """For what one SELECT answers, and is asked for often."""
     intake: Intake
     waits: Waits

@@ -127,8 +127,8 @@ def make_sessions(engine: AsyncEngine) -> Sessions:
     return async_sessionmaker(engine, expire_on_commit=False, autoflush=False)
 
 
-def make_readers(engine: AsyncEngine) -> Sessions:
-    """Make sessions for what one SELECT answers: without BEGIN and ROLLBACK, two round trips of three.
+def make_autocommit(engine: AsyncEngine) -> Sessions:
+    """Make sessions in which each statement is a transaction: without BEGIN and COMMIT, two round trips of three.
 
     Not behind PgBouncer, where it takes a transaction to set deadlines.
     """

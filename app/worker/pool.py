@@ -66,14 +66,14 @@ class Pool:
         self,
         *,
         sessions: Sessions,
-        readers: Sessions,
+        autocommit: Sessions,
         transport: Transport,
         listener: Listener,
         identity: Identity,
         settings: PoolSettings,
     ) -> None:
         self._sessions = sessions
-        self._readers = readers
+        self._autocommit = autocommit
         self._listener = listener
         self._identity = identity
         self._settings = settings
@@ -249,7 +249,7 @@ class Pool:
             )
 
     async def _find_next_due_s(self) -> float:
-        async with self._readers() as session:
+        async with self._autocommit() as session:
             return await leases.find_next_due_s(session)
 
     async def _refill(self) -> None:
@@ -280,7 +280,7 @@ class Pool:
 
     async def _refill_held(self, wanted: Sequence[tuple[Hold, int]], room: int) -> list[ClaimedJob]:
         try:
-            async with self._sessions.begin() as session:
+            async with self._autocommit.begin() as session:
                 return await queue.refill(
                     session, self._identity.id, [(hold.lease, count) for hold, count in wanted], jobs_max=room
                 )
@@ -351,7 +351,7 @@ class Pool:
             return
         self._asked_at = now
         if present := self._slots.present_batches():
-            async with self._readers() as session:
+            async with self._autocommit() as session:
                 cancelled = await batches.find_cancelled(session, present)
             self._slots.cancel(cancelled)
 

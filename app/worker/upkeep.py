@@ -36,9 +36,9 @@ logger = logging.getLogger(__name__)
 class Upkeep:
     """A loop beside the pool."""
 
-    def __init__(self, sessions: Sessions, *, readers: Sessions, listener: Listener, lease_s: float) -> None:
+    def __init__(self, sessions: Sessions, *, autocommit: Sessions, listener: Listener, lease_s: float) -> None:
         self._sessions = sessions
-        self._readers = readers
+        self._autocommit = autocommit
         self._listener = listener
         self._lease_s = lease_s
         self._woken = asyncio.Event()
@@ -70,7 +70,7 @@ class Upkeep:
 
     async def _round(self) -> None:
         self._is_resting = False
-        async with self._readers() as session:
+        async with self._autocommit() as session:
             chores = await batches.find_chores(session)
         for chore in self._due(chores):
             try:
@@ -97,7 +97,7 @@ class Upkeep:
 
     async def _cancel_batches(self) -> None:
         """Cancel what is still in the queue of cancelled batches, chunk by chunk."""
-        async with self._readers() as session:
+        async with self._autocommit() as session:
             cancelling = await batches.list_cancelling(session, limit=BATCHES_PER_ROUND_MAX)
         for batch_id, total in cancelling:
             for start in range(0, total, CANCEL_CHUNK):
@@ -108,14 +108,14 @@ class Upkeep:
 
     async def _finish_batches(self) -> None:
         """Finish what nobody did: recorders do when they have no more of one, but may die first."""
-        async with self._readers() as session:
+        async with self._autocommit() as session:
             finishable = await batches.find_finishable(session, limit=BATCHES_PER_ROUND_MAX)
         if finishable:
             async with self._sessions.begin() as session:
                 await batches.finish(session, finishable)
 
     async def _erase_batches(self) -> None:
-        async with self._readers() as session:
+        async with self._autocommit() as session:
             deleted = await batches.list_deleted(session, limit=BATCHES_PER_ROUND_MAX)
         gives_way_at = time.monotonic() + ERASE_S_MAX
         for batch_id in deleted:

@@ -163,7 +163,7 @@ async def test_a_stored_batch_is_accepted_when_the_wait_cannot_reach_the_databas
     make_app: AppMaker, reader: Reader
 ) -> None:
     engine = make_engine(NOWHERE)
-    async with calling(make_app(readers=make_sessions(engine))) as api:
+    async with calling(make_app(autocommit=make_sessions(engine))) as api:
         first = await api.post("/v1/batches", json=BODY, headers={**WAIT, "Idempotency-Key": "first"})
         again = await api.post("/v1/batches", json=BODY, headers={**WAIT, "Idempotency-Key": "first"})
     await assert_accepted(first, reader)
@@ -176,8 +176,8 @@ async def test_a_stored_batch_is_accepted_when_the_wait_finds_no_free_connection
 ) -> None:
     monkeypatch.setattr(database, "POOL_TIMEOUT_S", 0.1)
     engine = make_engine(database_url, pool_size=1)
-    readers = make_sessions(engine)
-    async with calling(make_app(readers=readers)) as api, readers.begin() as session:
+    autocommit = make_sessions(engine)
+    async with calling(make_app(autocommit=autocommit)) as api, autocommit.begin() as session:
         await session.execute(text("SELECT 1"))
         response = await api.post("/v1/batches", json=BODY, headers=WAIT)
     await assert_accepted(response, reader)

@@ -113,6 +113,8 @@ STATEMENTS: list[tuple[str, TextClause, Mapping[str, Any]]] = [
     ("next due", leases.NEXT_DUE, {}),
     ("take jobs", queue.TAKE_JOBS, {**HOST, "leases": [1], "wanted": [8], "jobs_max": 100}),
     ("take many jobs", queue.TAKE_JOBS, {**many_hosts(100), "wanted": [200] * 100, "jobs_max": 2_000}),
+    ("refill", queue.REFILL, {**HELD, "wanted": [8], "jobs_max": 100}),
+    ("refill many", queue.REFILL, {**many_hosts(100), "wanted": [200] * 100, "owner": uuid4(), "jobs_max": 2_000}),
     ("record", queue.RECORD_JOBS, results(1)),
     ("record many", queue.RECORD_JOBS, results(500)),
     ("give back", queue.GIVE_BACK, {**JOB, "errors": [None], "details": [None]}),

@@ -59,13 +59,13 @@ class Service:
         listener = Listener()
         pool = Pool(
             sessions=self.sessions,
-            readers=self.sessions,
+            autocommit=self.sessions,
             transport=transport,
             listener=listener,
             identity=identity,
             settings=settings,
         )
-        upkeep = Upkeep(self.sessions, readers=self.sessions, listener=listener, lease_s=settings.lease_s)
+        upkeep = Upkeep(self.sessions, autocommit=self.sessions, listener=listener, lease_s=settings.lease_s)
         running = asyncio.create_task(pool.run())
         beside = [asyncio.create_task(upkeep.run())]
         if hears_at is not None:

@@ -84,7 +84,7 @@ async def test_a_worker_that_loses_its_connection_looks_by_itself(
 async def test_upkeep_follows_up_a_cancelled_batch_after_a_rest(service: Service, database_url: str) -> None:
     """No pool is there to do anything about it."""
     listener = Listener()
-    keeper = upkeep.Upkeep(service.sessions, readers=service.sessions, listener=listener, lease_s=30.0)
+    keeper = upkeep.Upkeep(service.sessions, autocommit=service.sessions, listener=listener, lease_s=30.0)
     beside = [
         asyncio.create_task(keeper.run()),
         asyncio.create_task(listener.hear(database_url, keeper.wake)),

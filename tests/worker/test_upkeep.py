@@ -35,7 +35,7 @@ async def test_a_chore_that_always_fails_leaves_no_other_undone(
     await worker.claim_one()
     async with sessions.begin() as session:  # as after a refill whose commit was not confirmed
         await session.execute(text("UPDATE host SET owner = NULL, next_at = 'infinity' WHERE host = 'h'"))
-    keeping = asyncio.create_task(upkeep.Upkeep(sessions, readers=sessions, listener=Listener(), lease_s=30.0).run())
+    keeping = asyncio.create_task(upkeep.Upkeep(sessions, autocommit=sessions, listener=Listener(), lease_s=30.0).run())
     await until(is_rescued)
     keeping.cancel()
     with suppress(asyncio.CancelledError):
