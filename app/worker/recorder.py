@@ -19,7 +19,7 @@ FLUSH_PAUSE_S_MAX = 0.25
 MORE_PAUSE_S = 0.02
 MORE_MIN = 10
 """So many results within the last pause are worth waiting `MORE_PAUSE_S` for more."""
-RECORD_MAX = 1_000
+RECORD_MAX = 500
 RECORD_BYTES_MAX = 16 * 2**20
 """Bodies of one transaction: within every timeout, and never so many that the same are offered again for ever."""
 BUFFERED_MAX = 2_000
