@@ -75,10 +75,12 @@ class Answer(httpx2.Response):
 
     def __getattr__(self, name: str) -> Any:
         """Make it an httpx response at last, for somebody who asks for more than the above."""
-        if "stream" in self.__dict__:
+        set_before = dict(self.__dict__)
+        if "stream" in set_before or "body" not in set_before:
             raise AttributeError(name)
         super().__init__(self.status_code, stream=self.body)
         self.headers = httpx2.Headers(self.fields, encoding="latin-1")
+        self.__dict__.update(set_before)
         return getattr(self, name)
 
 

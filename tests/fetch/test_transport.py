@@ -264,8 +264,11 @@ async def test_it_is_an_httpx_transport() -> None:
     async with talking(always(page(b"through httpx"))) as (server, transport):
         target = check_url(server.url("/a?b"), LOOPBACK)
         extensions = {"target": target, "limits": LIMITS, "trace": Trace(0.0)}
-        answer = await transport.handle_async_request(httpx2.Request("GET", target.url, extensions=extensions))
+        plain = httpx2.Request("GET", target.url, extensions=extensions)
+        answer = await transport.handle_async_request(plain)
+        answer.request = plain  # before it is an httpx response in full
         assert isinstance(answer.stream, Body)
+        assert answer.request is plain
         assert await answer.aread() == b"through httpx"
         request = Request("GET", target, fields=(), content=b"", limits=LIMITS, trace=Trace(0.0))
         assert request.url == httpx2.URL(target.url)
