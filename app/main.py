@@ -258,7 +258,9 @@ def _say(text: str) -> None:
 
 
 async def _work_until_stopped(settings: Settings, transport: Transport, *, of_a_service: bool) -> None:
-    engine = make_engine(_database_url(settings), pgbouncer=settings.pgbouncer, pool_size=WORKER_CONNECTIONS)
+    engine = make_engine(
+        _database_url(settings), pgbouncer=settings.pgbouncer, pool_size=WORKER_CONNECTIONS, generic_plans=True
+    )
     sessions, autocommit = make_sessions(engine), _make_autocommit(engine, settings)
     listener = Listener()
     pool = Pool(

@@ -29,6 +29,7 @@ MIGRATION_LOCK = 7_306_080_214
 ASYNCPG = "postgresql+asyncpg://"
 URL_PARAMETERS = frozenset({"host", "port", "sslmode"})
 SESSION = {"application_name": "fetchpool", "timezone": "UTC", "jit": "off"}
+GENERIC_PLANS = {"plan_cache_mode": "force_generic_plan"}
 WITHOUT_PREPARED: dict[str, Any] = {
     "statement_cache_size": 0,
     "prepared_statement_cache_size": 0,
@@ -98,21 +99,24 @@ def reason(error: BaseException) -> str:
     return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
 
 
-def make_engine(url: str, *, pgbouncer: bool = False, pool_size: int = 5) -> AsyncEngine:
+def make_engine(url: str, *, pgbouncer: bool = False, pool_size: int = 5, generic_plans: bool = False) -> AsyncEngine:
     """Make an engine of at most `pool_size` connections whose statements, locks and pauses all have a deadline.
 
-    Behind PgBouncer in transaction mode no prepared statement is kept and no start-up parameter sent: each transaction
-    then sets its own deadlines. Raises `DatabaseUnusable` for a URL it cannot follow.
+    `generic_plans`: a connection plans each statement once, for all values, and not five times more before it does so:
+    for a worker, whose statements are few and fit one plan each. Behind PgBouncer in transaction mode no prepared
+    statement is kept and no start-up parameter sent: each transaction then sets its own deadlines. Raises
+    `DatabaseUnusable` for a URL it cannot follow.
     """
     arguments = _arguments(url)
     if pgbouncer:
         arguments |= WITHOUT_PREPARED
     else:
-        arguments["server_settings"] = SESSION | _deadlines()
+        arguments["server_settings"] = SESSION | _deadlines() | (GENERIC_PLANS if generic_plans else {})
     engine = create_async_engine(
         ASYNCPG,
         pool_size=pool_size,
         max_overflow=0,
+        pool_use_lifo=True,  # few connections at work have their plans, and pages of shared memory, more often ready
         pool_timeout=POOL_TIMEOUT_S,
         hide_parameters=True,  # they hold what clients sent, secrets among it
         connect_args=arguments,
