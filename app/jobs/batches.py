@@ -11,6 +11,8 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.jobs.listing import IN_ORDER, LISTED_MAX, listed
+
 IDEMPOTENCY_KEPT_S = 24 * 3600
 ERASE_BYTES_MAX = 64 * 2**20
 """Of bodies in one statement, some 32,000 rows of TOAST: far within its time."""
@@ -177,9 +179,14 @@ async def list_deleted(session: AsyncSession, *, limit: int) -> list[UUID]:
 
 
 # The size of a body is on its row, wherever its content is.
-ERASE_JOBS = text("""
+ERASE_JOBS = text(f"""
     WITH first AS MATERIALIZED (
-        SELECT shard, id, body_sha256, position FROM job WHERE batch_id = :batch_id ORDER BY position LIMIT :limit
+        SELECT job.shard, job.id, job.body_sha256, job.position
+        FROM ({listed(":batch_id", since="0")}) AS listed
+        CROSS JOIN LATERAL (
+            SELECT * FROM job WHERE job.shard = listed.shard AND job.id = listed.id OFFSET 0
+        ) AS job
+        ORDER BY {IN_ORDER} LIMIT :limit
     ), sized AS (
         SELECT first.*, size_bytes, sum(size_bytes) OVER (ORDER BY position) AS sum_bytes
         FROM first CROSS JOIN LATERAL (
@@ -195,11 +202,20 @@ ERASE_JOBS = text("""
         ORDER BY job.shard, job.id FOR UPDATE OF job
     ), erased AS (
         DELETE FROM job USING locked WHERE job.shard = locked.shard AND job.id = locked.id
-        RETURNING job.shard, job.id, job.body_sha256
+        RETURNING job.shard, job.id, job.body_sha256, job.position
     ), attempts AS (
         DELETE FROM attempt USING erased WHERE attempt.shard = erased.shard AND attempt.job_id = erased.id
     )
-    SELECT shard, body_sha256 FROM erased
+    SELECT shard, body_sha256, position FROM erased
+""")
+
+# Of rows whose jobs are all erased, lest each round read them again.
+UNLIST = text(f"""
+    DELETE FROM batch_jobs
+    WHERE batch_id = :batch_id AND first_position <= :erased_position - {LISTED_MAX - 1} AND NOT EXISTS (
+        SELECT 1 FROM unnest(shards, ids) AS key(shard, id)
+        CROSS JOIN LATERAL (SELECT FROM job WHERE job.shard = key.shard AND job.id = key.id OFFSET 0) AS job
+    )
 """)
 
 # In a statement of its own before the deletion: whoever was storing the same bytes has then committed, and the next
@@ -219,9 +235,14 @@ ERASE_BODIES = text("""
     )
 """)
 
-HAS_JOBS = text("SELECT true FROM job WHERE batch_id = :batch_id LIMIT 1")
+HAS_JOBS = text(f"""
+    SELECT true FROM ({listed(":batch_id", since="0")}) AS listed
+    CROSS JOIN LATERAL (SELECT FROM job WHERE job.shard = listed.shard AND job.id = listed.id OFFSET 0) AS job
+    LIMIT 1
+""")
 
 ERASE_REST = (
+    text("DELETE FROM batch_jobs WHERE batch_id = :batch_id"),
     text("DELETE FROM tally WHERE batch_id = :batch_id"),
     text("DELETE FROM histogram WHERE batch_id = :batch_id"),
     text("DELETE FROM batch WHERE id = :batch_id AND deleted_at IS NOT NULL"),
@@ -246,6 +267,8 @@ async def erase(session: AsyncSession, batch_id: UUID, *, limit: int, bytes_max:
         keys = {"shards": [shard for shard, _ in bodies], "sha256s": [sha256 for _, sha256 in bodies]}
         await session.execute(LOCK_BODIES, keys)
         await session.execute(ERASE_BODIES, keys)
+    erased_position = max(row.position for row in rows)
+    await session.execute(UNLIST, {"batch_id": batch_id, "erased_position": erased_position, "listed_max": LISTED_MAX})
     return len(rows)
 
 

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.jobs import bodies, leases, tallies
 from app.jobs.ids import new_job_ids, shard_of_hash
 from app.jobs.leases import OLDEST_UNFINISHED, WAITING_BATCHES
+from app.jobs.listing import LIST, LISTED_MAX, listed
 from app.jobs.tallies import Change, HistogramKey
 from app.jobs.values import (
     CRASHES_OF_SUSPECT,
@@ -33,7 +34,7 @@ from app.jobs.values import (
 )
 from app.outcome import SAFE_METHODS
 
-INSERT_ROWS_MAX = 1_000
+INSERT_ROWS_MAX = 10 * LISTED_MAX
 """Rows of one INSERT: enough to be fast, few enough not to hold an event loop for long."""
 
 BATCHES_PER_TURN_MIN = 8
@@ -57,16 +58,18 @@ INSERT_BATCH = text("""
 # A microsecond apart, and all of them due: what a claim's index gives first is then what the client gave first.
 # `unnest` fills up shorter columns with NULLs: one that is empty costs nothing (0.2 s of 100,000 rows).
 # A host's jobs are put down together, for they are claimed together: a claim then reads half as many pages.
-INSERT_JOBS = text("""
+INSERT_JOBS = text(f"""
+    WITH listed AS ({LIST})
     INSERT INTO job (shard, id, batch_id, position, host, url, request, custom_id, metadata, repeatable, status, run_at)
-    SELECT j.shard, j.id, :batch_id, j.position, j.host, j.url, CAST(j.request AS jsonb), j.custom_id,
-        CAST(j.metadata AS jsonb), j.repeatable, 'queued', now() - make_interval(secs => (:total - j.position) / 1e6)
+    SELECT j.shard, j.id, CAST(:batch_id AS uuid), CAST(:start AS int) + j.number - 1, j.host, j.url,
+        CAST(j.request AS jsonb), j.custom_id, CAST(j.metadata AS jsonb), j.repeatable, 'queued',
+        now() - make_interval(secs => (CAST(:left AS int) - j.number + 1) / 1e6)
     FROM unnest(
-        CAST(:shards AS smallint[]), CAST(:ids AS uuid[]), CAST(:positions AS int[]), CAST(:hosts AS text[]),
-        CAST(:urls AS text[]), CAST(:requests AS text[]), CAST(:custom_ids AS text[]), CAST(:metadatas AS text[]),
+        CAST(:shards AS smallint[]), CAST(:ids AS uuid[]), CAST(:hosts AS text[]), CAST(:urls AS text[]),
+        CAST(:requests AS text[]), CAST(:custom_ids AS text[]), CAST(:metadatas AS text[]),
         CAST(:repeatables AS boolean[])
-    ) AS j(shard, id, position, host, url, request, custom_id, metadata, repeatable)
-    ORDER BY j.shard, j.host COLLATE "C", j.position
+    ) WITH ORDINALITY AS j(shard, id, host, url, request, custom_id, metadata, repeatable, number)
+    ORDER BY j.shard, j.host COLLATE "C", j.number
 """)
 
 INSERT_TALLIES = text("""
@@ -127,10 +130,10 @@ async def _insert_jobs(session: AsyncSession, batch: NewBatch, jobs: NewJobs, *,
         INSERT_JOBS,
         {
             "batch_id": batch.id,
-            "total": len(jobs),
+            "start": start,
+            "left": len(jobs) - start,
             "shards": list(map(shard_of_hash, host_hashes)),
             "ids": new_job_ids(host_hashes),
-            "positions": list(range(start, start + len(host_hashes))),
             "hosts": jobs.hosts[rows],
             "urls": jobs.urls[rows],
             "requests": _unless_null(jobs.requests[rows]),
@@ -580,11 +583,16 @@ async def _count(session: AsyncSession, rescued: Sequence[Row[Any]], *, taken: S
     await tallies.count_outcomes(session, outcomes)
 
 
-# The status is asked of the rows that were found by position, then of those that are locked: named on `job` itself, it
-# led the planner to read all queued jobs for each of the chosen ones, when statistics said that there are hardly any.
-CANCEL_QUEUED = text("""
+# The status is asked of the rows found by their keys, then of those that are locked: named on `job` itself, it led the
+# planner to read all queued jobs for each of the chosen ones, when statistics said that there are hardly any.
+CANCEL_QUEUED = text(f"""
     WITH part AS MATERIALIZED (
-        SELECT shard, id, status FROM job WHERE batch_id = :batch_id AND position >= :start AND position < :stop
+        SELECT listed.shard, listed.id, job.status
+        FROM ({listed(":batch_id", since=":start", before=":stop")}) AS listed
+        CROSS JOIN LATERAL (
+            SELECT status, position FROM job WHERE job.shard = listed.shard AND job.id = listed.id
+        ) AS job
+        WHERE job.position >= :start AND job.position < :stop
     ), locked AS MATERIALIZED (
         SELECT waiting.shard, waiting.id, job.left_status
         FROM (SELECT * FROM part WHERE status = 'queued' ORDER BY shard, id) AS waiting

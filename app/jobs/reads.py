@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.jobs import bodies
 from app.jobs.ids import shard_of_job
+from app.jobs.listing import IN_ORDER, listed
 
 CONTENT_TYPE_CHARS_MAX = 255
 """A stranger wrote it; the response's headers show all of it."""
@@ -206,14 +207,19 @@ JOB_COLUMNS = """
     job.body_sha256, job.started_at, job.finished_at, batch.created_at, batch.options
 """
 
+# Job by job (LATERAL), in the order of the list, so that it stops at the last one wanted; so the batch comes last.
 MANY_JOBS = text(f"""
-    SELECT {JOB_COLUMNS} FROM job JOIN batch ON batch.id = job.batch_id AND batch.deleted_at IS NULL
-    WHERE job.batch_id = :batch_id AND job.position > :after
-        AND (CAST(:status AS text) IS NULL OR job.status = :status)
-        AND (CAST(:error AS text) IS NULL OR job.error = :error)
-        AND (CAST(:http_status AS int) IS NULL OR job.http_status = :http_status)
-        AND (CAST(:host AS text) IS NULL OR job.host = :host)
-    ORDER BY job.position LIMIT :limit
+    SELECT {JOB_COLUMNS} FROM ({listed(":batch_id", since=":after")}) AS listed
+    CROSS JOIN LATERAL (
+        SELECT * FROM job WHERE job.shard = listed.shard AND job.id = listed.id AND job.position > :after
+            AND (CAST(:status AS text) IS NULL OR job.status = :status)
+            AND (CAST(:error AS text) IS NULL OR job.error = :error)
+            AND (CAST(:http_status AS int) IS NULL OR job.http_status = :http_status)
+            AND (CAST(:host AS text) IS NULL OR job.host = :host)
+        OFFSET 0
+    ) AS job
+    CROSS JOIN LATERAL (SELECT * FROM batch WHERE batch.id = job.batch_id AND deleted_at IS NULL OFFSET 0) AS batch
+    ORDER BY {IN_ORDER} LIMIT :limit
 """)
 
 ONE_JOB = text(f"""

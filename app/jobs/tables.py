@@ -1,10 +1,12 @@
 """The tables. Their named CHECKs carry the status rules, so that a wrong program cannot store a wrong row.
 
-Every table but `batch` and `worker` is led by `shard`, the top 8 bits of the host's hash, so that it could be spread
-over many servers; no foreign key, sequence, trigger or unique constraint crosses a shard. Each index says what for.
+Every table but those of whole batches and of workers is led by `shard`, the top 8 bits of the host's hash, so that it
+could be spread over many servers; no foreign key, sequence, trigger or unique constraint crosses a shard. Each index
+says what for.
 """
 
 from sqlalchemy import (
+    ARRAY,
     DDL,
     BigInteger,
     Boolean,
@@ -143,8 +145,6 @@ job = Table(
     CheckConstraint("0 <= lost AND lost <= attempt", name="lost_was_attempted"),
     CheckConstraint("0 <= crashes AND crashes <= lost", name="crashes_were_lost"),
     CheckConstraint("NOT alone OR status = 'running'", name="alone_is_running"),
-    # reads.list_jobs, and chunks of a batch that is cancelled or erased
-    Index("job_batch", "batch_id", "position"),
     # queue.claim and refill: what a host has to run, by turns over its batches
     Index("job_claim", "shard", "host", "batch_id", "run_at", postgresql_where=text("status = 'queued'")),
     # queue.rescue: what ran under a lost lease
@@ -153,6 +153,19 @@ job = Table(
     Index("job_body", "shard", "body_sha256", postgresql_where=text("body_sha256 IS NOT NULL")),
     postgresql_with={"autovacuum_vacuum_scale_factor": "0.02", "autovacuum_vacuum_cost_delay": "1"},
 )
+
+batch_jobs = Table(
+    "batch_jobs",
+    metadata,
+    Column("batch_id", Uuid, nullable=False),
+    Column("first_position", Integer, nullable=False),
+    Column("shards", ARRAY(SmallInteger), nullable=False),
+    Column("ids", ARRAY(Uuid), nullable=False),
+    PrimaryKeyConstraint("batch_id", "first_position"),
+    CheckConstraint("cardinality(shards) = cardinality(ids)", name="keys_whole"),
+)
+"""The keys of a batch's jobs in the order the client gave, `listing.LISTED_MAX` a row: for reads.list_jobs, and chunks
+of a batch that is cancelled or erased. Written once; an index of jobs had one more entry for each of their changes."""
 
 attempt = Table(
     "attempt",

@@ -26,6 +26,10 @@ FILL = """
             (shard, id, batch_id, position, host, url, repeatable, status, run_at, attempt, lease, started_at)
         SELECT shard, gen_random_uuid(), batch_id, n, host, 'http://' || host || '/', true,
             CASE WHEN n % 50 = 0 THEN 'running' ELSE 'queued' END, now(), 1, 1, now() FROM made
+        RETURNING shard, id, batch_id, position
+    ), listed AS (
+        INSERT INTO batch_jobs (batch_id, first_position, shards, ids)
+        SELECT batch_id, position / 100 * 100, array_agg(shard), array_agg(id) FROM jobs GROUP BY 1, 2
     ), hosts AS (
         INSERT INTO host (shard, host, next_at) SELECT DISTINCT ON (shard, host) shard, host, now() FROM made
     ), tallies AS (
@@ -184,7 +188,7 @@ async def test_no_hot_statement_reads_a_whole_table(filled: Sessions) -> None:
         if statement not in CLIENTS_STATEMENTS:
             plans.append(await generic_plan(filled, statement))
         for steps in plans:
-            for table in ("job", "attempt", "host", "tally", "histogram", "body", "batch"):
+            for table in ("job", "attempt", "host", "tally", "histogram", "body", "batch", "batch_jobs"):
                 assert f"Seq Scan on {table}" not in steps, f"{name} reads all of {table}:\n{steps}"
 
 
@@ -193,7 +197,6 @@ async def test_the_claim_stays_on_its_indexes(filled: Sessions) -> None:
     take = {**HOST, "leases": [1], "wanted": [8], "jobs_max": 100}
     steps = await plan(filled, queue.TAKE_JOBS, take)
     assert steps.count("job_claim") >= 2, steps
-    assert "job_batch" not in steps
 
 
 async def test_a_release_looks_no_further_than_the_first_batch_that_is_due(filled: Sessions) -> None:
@@ -204,6 +207,14 @@ async def test_a_release_looks_no_further_than_the_first_batch_that_is_due(fille
     steps = await plan(filled, rest, {"shards": [1], "hosts": ["h"], "rests_s": [0.0]})
     [read] = [int(count) for count in re.findall(r"shared hit=(\d+)", steps.splitlines()[1])]
     assert read < 100, steps
+
+
+async def test_a_page_of_jobs_ends_with_the_last_one_wanted(filled: Sessions) -> None:
+    """They come in the order of the list, and are not all read to be sorted."""
+    [(_, statement, values)] = [each for each in STATEMENTS if each[0] == "list jobs"]
+    for steps in (await plan(filled, statement, values), await generic_plan(filled, statement)):
+        assert steps.count("Sort  (") == steps.count("Incremental Sort  (") == 1, steps
+        assert "Presorted Key: batch_jobs.first_position" in steps
 
 
 async def test_a_finish_reads_tallies_up_to_the_first_with_work_left(filled: Sessions) -> None:
