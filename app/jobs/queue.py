@@ -319,20 +319,23 @@ def _in_order(rows: Sequence[Sequence[Any]]) -> list[ClaimedJob]:
     return [ClaimedJob(*row[:-1]) for row in sorted(rows, key=itemgetter(-1))]  # the last is `run_at`
 
 
-# Each row is found by its key, in key order (LATERAL): joined, tables of some 10,000 jobs were read whole for every few
-# hundred results. The status it leaves is that of the locked row: named on `job` itself, it would lead the planner to
-# `job_running`, which is by host, instead of to the key.
+# Each row is found by its key, in the order given, which is that of the keys (LATERAL; sorting such wide rows here took
+# as long as finding them): joined, tables of some 10,000 jobs were read whole for every few hundred results. The status
+# it leaves is that of the locked row: named on `job` itself, it would lead the planner to `job_running`, which is by
+# host, instead of to the key.
 RECORD_JOBS = text("""
-    WITH result AS MATERIALIZED (
-        SELECT * FROM unnest(
-            CAST(:shards AS smallint[]), CAST(:ids AS uuid[]), CAST(:leases AS bigint[]), CAST(:attempts AS smallint[]),
-            CAST(:statuses AS text[]), CAST(:delays_s AS float8[]), CAST(:errors AS text[]), CAST(:details AS text[]),
-            CAST(:http_statuses AS smallint[]), CAST(:evidences AS text[]), CAST(:sha256s AS bytea[])
-        ) WITH ORDINALITY
-            AS r(shard, id, lease, attempt, status, delay_s, error, detail, http_status, evidence, sha256, number)
-    ), locked AS MATERIALIZED (
+    WITH locked AS MATERIALIZED (
         SELECT result.*, job.left_status
-        FROM (SELECT * FROM result ORDER BY shard, id) AS result
+        FROM (
+            SELECT * FROM unnest(
+                CAST(:shards AS smallint[]), CAST(:ids AS uuid[]), CAST(:leases AS bigint[]),
+                CAST(:attempts AS smallint[]), CAST(:statuses AS text[]), CAST(:delays_s AS float8[]),
+                CAST(:errors AS text[]), CAST(:details AS text[]), CAST(:http_statuses AS smallint[]),
+                CAST(:evidences AS text[]), CAST(:sha256s AS bytea[])
+            ) WITH ORDINALITY
+                AS r(shard, id, lease, attempt, status, delay_s, error, detail, http_status, evidence, sha256, number)
+            ORDER BY number
+        ) AS result
         CROSS JOIN LATERAL (
             SELECT status AS left_status, lease, attempt FROM job
             WHERE job.shard = result.shard AND job.id = result.id FOR UPDATE
@@ -349,7 +352,7 @@ RECORD_JOBS = text("""
         FROM locked
         WHERE job.shard = locked.shard AND job.id = locked.id AND locked.left_status = 'running'
         RETURNING locked.number, job.shard, job.id, job.attempt, job.status, job.started_at, job.error,
-            job.error_detail, job.http_status, job.evidence
+            job.error_detail, job.http_status, CASE WHEN job.status = 'queued' THEN job.evidence END AS evidence
     ), earlier AS (
         INSERT INTO attempt (shard, job_id, number, started_at, finished_at, error, error_detail, http_status, evidence)
         SELECT shard, id, attempt, started_at, now(), error, error_detail, http_status, evidence
@@ -358,9 +361,9 @@ RECORD_JOBS = text("""
     SELECT ARRAY(SELECT number FROM recorded) AS recorded,
         ARRAY(SELECT number FROM locked WHERE left_status <> 'running') AS recorded_before,
         ARRAY(
-            SELECT number FROM result WHERE (
-                SELECT true FROM body WHERE body.shard = result.shard AND body.sha256 = result.sha256
-            )
+            SELECT number FROM unnest(CAST(:shards AS smallint[]), CAST(:sha256s AS bytea[])) WITH ORDINALITY
+                AS content(shard, sha256, number)
+            WHERE (SELECT true FROM body WHERE body.shard = content.shard AND body.sha256 = content.sha256)
         ) AS bodies_seen
 """)
 
@@ -370,6 +373,7 @@ async def record(session: AsyncSession, results: Sequence[Result]) -> Recorded:
 
     A result that this caller stored before (its commit was not confirmed) counts as stored.
     """
+    results = sorted(results, key=_key)  # the order in which jobs are locked
     numbers = (await session.execute(RECORD_JOBS, _result_arrays(results))).one()
     stored = [results[number - 1] for number in numbers.recorded]
     wanted = _bodies(stored)
@@ -383,6 +387,10 @@ async def record(session: AsyncSession, results: Sequence[Result]) -> Recorded:
     known = {*numbers.recorded, *numbers.recorded_before}
     dropped = [result.job for number, result in enumerate(results, start=1) if number not in known]
     return Recorded(maybe_finished=maybe_finished, dropped=dropped)
+
+
+def _key(result: Result) -> tuple[int, UUID]:
+    return result.job.shard, result.job.id
 
 
 def _result_arrays(results: Sequence[Result]) -> dict[str, list[Any]]:

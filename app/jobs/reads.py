@@ -287,7 +287,8 @@ def _job_fields(row: Row[Any]) -> dict[str, Any]:
         "error": row.error,
         "error_detail": row.error_detail,
         "http_status": row.http_status,
-        "final_url": evidence.get("final_url"),
+        # stored only where redirects, or how a URL is written, made it another one
+        "final_url": evidence.get("final_url", row.url if row.http_status is not None else None),
         "body_sha256": row.body_sha256.hex() if row.body_sha256 is not None else None,
         "body_bytes": evidence.get("body_bytes") if is_finished else None,
         "wire_bytes": evidence.get("wire_bytes") if is_finished else None,

@@ -99,7 +99,7 @@ def _assemble(job: ClaimedJob, outcome: Outcome, verdict: retry.Verdict, *, cont
         error=verdict.code,
         error_detail=verdict.detail,
         http_status=outcome.status if isinstance(outcome, Response) else None,
-        evidence=_evidence_json(outcome),
+        evidence=_evidence_json(job, outcome),
         body=body,
         body_sha256=None if content is None else hashlib.sha256(content).digest(),
         encoding=encoding,
@@ -108,10 +108,14 @@ def _assemble(job: ClaimedJob, outcome: Outcome, verdict: retry.Verdict, *, cont
     )
 
 
-def _evidence_json(outcome: Outcome) -> str:
-    """JSON that PostgreSQL takes: without what is not known, and without the NUL it refuses."""
-    known = structs.asdict(outcome.evidence)
-    stored: dict[str, Any] = {name: value for name, value in known.items() if value is not None}
+def _evidence_json(job: ClaimedJob, outcome: Outcome) -> str:
+    """JSON that PostgreSQL takes: without what is not known or is empty, and without the NUL it refuses."""
+    seen = structs.asdict(outcome.evidence)
+    stored: dict[str, Any] = {name: value for name, value in seen.items() if value is not None and value != ()}
     if isinstance(outcome, Response):
-        stored |= {"final_url": outcome.final_url, "headers": outcome.headers, "flags": outcome.flags}
+        stored["headers"] = outcome.headers
+        if outcome.flags:
+            stored["flags"] = outcome.flags
+        if outcome.final_url != job.url:
+            stored["final_url"] = outcome.final_url
     return json.encode(stored).decode().replace("\\u0000", "\\ufffd")

@@ -311,7 +311,7 @@ async def test_a_late_result_that_is_offered_with_the_next_attempts_counts_for_n
     await end_leases(sessions)
     _, late = await worker.claim_one()
     recorded = await worker.record(failure(early[0]), success(early[1], b"old"), *(success(job) for job in late[:2]))
-    assert recorded.dropped == early[:2]
+    assert set(recorded.dropped) == set(early[:2])
     seen = await client.read(batch_id)
     assert (seen.counts.succeeded, seen.counts.running, seen.errors) == (2, 1, {})
     assert await tallies_equal_the_rows(sessions)
