@@ -2,11 +2,12 @@
 
 import asyncio
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, NoReturn
 
 import setproctitle
 import typer
+import uvloop
 
 from app import __version__, main, telemetry
 from app.jobs.account import EmbeddedUnusable
@@ -74,7 +75,7 @@ def worker(of_a_service: Annotated[bool, typer.Option("--of-a-service", hidden=T
     finish; a second one does not.
     """
     setproctitle.setproctitle("fetchpool worker")
-    _run(main.work(_settings(), of_a_service=of_a_service))
+    _run(main.work(_settings(), of_a_service=of_a_service), loop_factory=uvloop.new_event_loop)
 
 
 @app.command()
@@ -96,9 +97,12 @@ def _settings(**given: Any) -> Settings:
     return settings
 
 
-def _run(program: Coroutine[Any, Any, None]) -> None:
+def _run(
+    program: Coroutine[Any, Any, None], *, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+) -> None:
     try:
-        asyncio.run(program)
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(program)
     except (main.CannotRun, CannotListen, EmbeddedUnusable, DatabaseUnusable) as error:
         _end(str(error), EXIT_CANNOT_RUN)
     except (asyncio.CancelledError, KeyboardInterrupt):

@@ -13,6 +13,8 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from app.fetch.http import FetchRequest, fetch
 from app.fetch.limits import Limits
 from app.fetch.policy import Policy
@@ -56,4 +58,5 @@ async def measure(question: dict[str, Any]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    json.dump(asyncio.run(measure(json.load(sys.stdin))), sys.stdout)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as a worker does
+        json.dump(runner.run(measure(json.load(sys.stdin))), sys.stdout)

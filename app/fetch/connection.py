@@ -7,6 +7,7 @@ raised as `Failed`; a connection is worth keeping only while `reusable`.
 import asyncio
 import ssl
 import time
+from typing import cast
 
 from app.fetch.exchange import Exchange
 from app.fetch.head import Head
@@ -33,6 +34,8 @@ class Connection(asyncio.BufferedProtocol):
         self._read_timeout_s = 0.0
         self._heard_at = 0.0
         self._unsent_bytes = 0
+        self._early = b""
+        """What the server said before it was asked anything: uvloop reads as soon as the connection stands."""
         self.closed = True  # until it is made
         self.secure: ssl.SSLObject | None = None
         """The TLS of it, until its session is kept."""
@@ -51,6 +54,9 @@ class Connection(asyncio.BufferedProtocol):
         if not self.closed:
             self._transport.write(request)
             self._unsent_bytes = self._transport.get_write_buffer_size()
+            if self._early:
+                self._transport.resume_reading()
+                self._take(self._exchange, self._early)
         return self._exchange
 
     async def head(self, exchange: Exchange) -> Head:
@@ -124,8 +130,7 @@ class Connection(asyncio.BufferedProtocol):
     # What the event loop calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's own are no subclasses
         self.closed = False
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -133,15 +138,21 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         exchange = self._exchange
-        if exchange is None or exchange.complete:  # nobody asked: the next answer must not start with these
+        if exchange is None:
+            self._early += bytes(_READ_BUFFER[:nbytes])
+            self._transport.pause_reading()
+        elif exchange.complete:  # nobody asked: the next answer must not start with these
             self.abort()
-            return
+        else:
+            self._take(exchange, bytes(_READ_BUFFER[:nbytes]))
+
+    def _take(self, exchange: Exchange, data: bytes) -> None:
         self._heard_at = time.monotonic()
         if exchange.first_byte_at is None:
             exchange.first_byte_at = self._heard_at
         had_head = exchange.head is not None
         try:
-            exchange.take(bytes(_READ_BUFFER[:nbytes]))
+            exchange.take(data)
         except Failed as failure:
             self._fail(failure)
             return
@@ -166,8 +177,10 @@ class Connection(asyncio.BufferedProtocol):
         """Judge the end of the connection by what the exchange had got."""
         self.abort()
         exchange = self._exchange
-        if exchange is not None and not exchange.complete and self._failure is None:
-            self._failure = exchange.end() if error is None else _explain_break(error, exchange)
+        if self._failure is None and error is not None and (exchange is None or not exchange.complete):
+            self._failure = _explain_break(error, exchange)
+        elif self._failure is None and exchange is not None and not exchange.complete:
+            self._failure = exchange.end()
             exchange.completed_at = time.monotonic() if exchange.complete else None
         self._wake()
 
@@ -195,9 +208,9 @@ class Connection(asyncio.BufferedProtocol):
             self._fail(_explain_silence(exchange, unsent_bytes))
 
 
-def _explain_break(error: Exception, exchange: Exchange) -> Failed:
+def _explain_break(error: Exception, exchange: Exchange | None) -> Failed:
     # With TLS 1.3 a server refuses a client only after the handshake.
-    if isinstance(error, ssl.SSLError) and exchange.first_byte_at is None:
+    if isinstance(error, ssl.SSLError) and (exchange is None or exchange.first_byte_at is None):
         return explain(error)
     return Failed(FailureCode.CONNECTION_RESET, "The connection was reset.")
 
