@@ -23,6 +23,7 @@ from contextlib import (
     suppress,
 )
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -31,7 +32,7 @@ from fastapi import FastAPI
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app import __version__
-from app.api.application import create_app, stop_waiting
+from app.api.application import create_app, stop_waiting, wake_waiting
 from app.api.schemas import Bounds
 from app.fetch.limits import Limits
 from app.fetch.policy import Policy
@@ -39,7 +40,7 @@ from app.fetch.resolver import Resolver
 from app.fetch.transport import Transport
 from app.jobs import embedded
 from app.jobs.database import Sessions, make_autocommit, make_engine, make_sessions, migrate
-from app.jobs.hints import Listener
+from app.jobs.hints import FINISHED, Listener
 from app.jobs.silence import watching
 from app.jobs.workers import Identity
 from app.listening import bound_socket, check_exposure, let_in, own_addresses
@@ -52,7 +53,7 @@ from app.worker.upkeep import Upkeep
 API_CONNECTIONS = 10
 WORKER_CONNECTIONS = 5
 SPARE_CONNECTIONS = 30
-"""For workers' hints, migrations, and people with psql."""
+"""For migrations, and people with psql."""
 
 API_SWITCH_S = 0.001
 """How long the thread that checks a large batch keeps the loop waiting whenever the loop has let it run; Python's own
@@ -121,7 +122,8 @@ async def migrate_database(settings: Settings) -> None:
 async def _serve_until_stopped(settings: Settings, listener: socket.socket) -> None:
     port: int = listener.getsockname()[1]
     engine = make_engine(_database_url(settings), pgbouncer=settings.pgbouncer, pool_size=API_CONNECTIONS)
-    api = _make_api(settings, engine, port)
+    finishes = Listener(FINISHED)
+    api = _make_api(settings, engine, port, finishes=finishes)
     server = _Server(_uvicorn_config(api))
     workers = _make_workers(settings, port)
     try:
@@ -129,22 +131,28 @@ async def _serve_until_stopped(settings: Settings, listener: socket.socket) -> N
             serving = group.create_task(server.serve(sockets=[listener]))
             if await server.is_started(serving):
                 running = group.create_task(workers.run())
+                beside = []
+                if not settings.pgbouncer:
+                    beside.append(group.create_task(finishes.hear(_database_url(settings), partial(wake_waiting, api))))
                 _keep_loop_free()
                 _on_signal(lambda: _stop_as_told(settings, api, server, workers))
                 _greet(settings, port)
                 await asyncio.wait({serving, running}, return_when=asyncio.FIRST_COMPLETED)
                 if not server.should_exit:  # asked again, workers would not finish what they run
                     _stop(api, server, workers)
+                for task in beside:
+                    task.cancel()
     finally:
         await engine.dispose()
     if not server.started:
         raise CannotRun("The API could not start; the log says why.")
 
 
-def _make_api(settings: Settings, engine: AsyncEngine, port: int) -> FastAPI:
+def _make_api(settings: Settings, engine: AsyncEngine, port: int, *, finishes: Listener) -> FastAPI:
     return create_app(
         sessions=make_sessions(engine),
         autocommit=_make_autocommit(engine, settings),
+        finishes=finishes,
         policy=_make_policy(settings, port),
         version=__version__,
         host=settings.host,
@@ -282,7 +290,8 @@ async def _work_until_stopped(settings: Settings, transport: Transport, *, of_a_
         async with _watched(engine, settings), asyncio.TaskGroup() as group:
             beside = [group.create_task(upkeep.run())]
             if not settings.pgbouncer:
-                beside.append(group.create_task(listener.hear(_database_url(settings), pool.wake, upkeep.wake)))
+                wakes = (lambda _: pool.wake(), lambda _: upkeep.wake())
+                beside.append(group.create_task(listener.hear(_database_url(settings), *wakes)))
             _settle_down()
             await pool.run()
             for task in beside:
@@ -371,7 +380,7 @@ async def _with_database(settings: Settings) -> AsyncIterator[Settings]:
     if settings.database_url is not None:
         yield settings
         return
-    connections_max = SPARE_CONNECTIONS + API_CONNECTIONS + settings.workers * (WORKER_CONNECTIONS + 1)
+    connections_max = SPARE_CONNECTIONS + API_CONNECTIONS + 1 + settings.workers * (WORKER_CONNECTIONS + 1)
     async with embedded.running(settings.data_dir, connections_max=connections_max) as url:
         yield settings.model_copy(update={"database_url": url, "pgbouncer": False})
 

@@ -14,12 +14,14 @@ from app.api.security import Gate, Outermost
 from app.api.waiting import Waits
 from app.fetch.policy import Policy
 from app.jobs.database import Sessions
+from app.jobs.hints import Listener
 
 
 def create_app(
     *,
     sessions: Sessions,
     autocommit: Sessions,
+    finishes: Listener,
     policy: Policy,
     version: str,
     host: str,
@@ -29,7 +31,8 @@ def create_app(
 ) -> FastAPI:
     """Make the ASGI application; `host` is the address it listens on; each statement of `autocommit` commits.
 
-    Call `stop_waiting` when the server is told to stop, or long polls hold it up.
+    `finishes` hears that batches are finished, and is to call `wake_waiting`. Call `stop_waiting` when the server is
+    told to stop, or long polls hold it up.
     """
     app = FastAPI(
         title="Fetchpool",
@@ -43,7 +46,7 @@ def create_app(
         sessions=sessions,
         autocommit=autocommit,
         intake=Intake(policy=policy, bounds=bounds),
-        waits=Waits(),
+        waits=Waits(finishes),
         is_open=api_token is None,
     )
     for router in (batches.router, jobs.router, health.router, metrics.router):
@@ -55,6 +58,12 @@ def create_app(
     app.add_middleware(Gate, host=host, allowed_hosts=allowed_hosts, api_token=api_token)
     app.add_middleware(Outermost)
     return app
+
+
+def wake_waiting(app: FastAPI, batch_id: str) -> None:
+    """Have the long polls for the end of a batch look whether it came; of an empty string, all of them."""
+    context: Context = app.state.context
+    context.waits.wake(batch_id)
 
 
 def stop_waiting(app: FastAPI) -> None:

@@ -191,7 +191,13 @@ async def get_batch(
             return seen.is_finished
         return seen.is_finished or not seen.representation.is_among(if_none_match)
 
-    seen = await context.waits.until(lambda: _look(context, batch_id), is_news, wait_s=wait_s or 0, request=request)
+    seen = await context.waits.until(
+        lambda: _look(context, batch_id),
+        is_news,
+        wait_s=wait_s or 0,
+        request=request,
+        end_of=batch_id if if_none_match is None else None,
+    )
     return _show(seen, if_none_match=if_none_match, headers=applied(wait_s))
 
 
@@ -360,7 +366,11 @@ async def _wait_until_finished(request: Request, context: Context, *, batch_id: 
     """
     try:
         return await context.waits.until(
-            lambda: _look(context, batch_id), lambda seen: seen.is_finished, wait_s=wait_s, request=request
+            lambda: _look(context, batch_id),
+            lambda seen: seen.is_finished,
+            wait_s=wait_s,
+            request=request,
+            end_of=batch_id,
         )
     except DATABASE_ERRORS as error:
         if not is_passing(error):

@@ -1,15 +1,21 @@
 """Long polls: `Prefer: wait=N` (RFC 7240), by looking again and again, with no connection or transaction held between.
 
-Does not listen to the database: a wait is a few cheap reads, and how many there are at once is bounded.
+A wait is a few cheap reads, and how many there are at once is bounded. Hints, as far as they are heard, say when to
+look for the end of a batch; they are trusted with nothing else.
 """
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from typing import Annotated, TypeVar
+from uuid import UUID
 
 from fastapi import Depends, Header
 from starlette.requests import Request
+
+from app.jobs.hints import Listener
 
 WAIT_S_MAX = 60
 WAITERS_MAX = 200
@@ -17,6 +23,8 @@ LOOK_S_MIN = 0.02
 LOOK_S_MAX = 0.5
 LOOK_SHARE = 0.05
 """The pause between two looks grows with the time waited already, of which it wastes at most this share."""
+HINTED_LOOK_S = 1.0
+"""The pause while hints of what is waited for are heard: the longest that a lost one keeps a client waiting."""
 
 _WAIT = re.compile(r"wait\s*=\s*\"?(\d{1,9})\"?", re.IGNORECASE)
 
@@ -24,12 +32,22 @@ T = TypeVar("T")
 
 
 class Waits:
-    """The waiting requests of one process; beyond `waiters_max` a request is answered at once."""
+    """The waiting requests of one process; beyond `waiters_max` a request is answered at once.
 
-    def __init__(self, *, waiters_max: int = WAITERS_MAX) -> None:
+    `listener` is who hears that batches are finished, and then calls `wake`.
+    """
+
+    def __init__(self, listener: Listener, *, waiters_max: int = WAITERS_MAX) -> None:
         self.waiters_max = waiters_max
         self.waiter_count = 0
+        self._listener = listener
         self._closing = asyncio.Event()
+        self._hints: dict[str, list[asyncio.Event]] = {}
+
+    def wake(self, batch_id: str) -> None:
+        """Look now, in the waits for the end of this batch; of an empty one, in all of them."""
+        for hinted in self._hints.get(batch_id, ()) if batch_id else chain.from_iterable(self._hints.values()):
+            hinted.set()
 
     def close(self) -> None:
         """End all waits: each is answered with what is known, and later ones at once. For a service that stops."""
@@ -42,25 +60,63 @@ class Waits:
         *,
         wait_s: float,
         request: Request,
+        end_of: UUID | None = None,
     ) -> T:
         """Return the first `look` that is `done`, or the last one after `wait_s`, or when the client has gone.
 
-        The request's body must have been read: what else it receives is taken for its end.
+        `end_of`: nothing but the end of this batch is waited for. The request's body must have been read: what else it
+        receives is taken for its end.
         """
-        seen = await look()
-        if done(seen) or wait_s <= 0 or self.waiter_count >= self.waiters_max:
-            return seen
+        if wait_s <= 0 or self.waiter_count >= self.waiters_max:
+            return await look()
         self.waiter_count += 1
         ends: list[asyncio.Task[object]] = [
             asyncio.create_task(_gone(request)),
             asyncio.create_task(self._closing.wait()),
         ]
         try:
-            return await _look_again(look, done, seen, wait_s=wait_s, ends=ends)
+            with self._hinted(end_of) as hinted:  # before the first look, or the end might come between them
+                return await self._look_again(look, done, wait_s=wait_s, ends=ends, hinted=hinted)
         finally:
             self.waiter_count -= 1
             for end in ends:
                 end.cancel()
+
+    async def _look_again(
+        self,
+        look: Callable[[], Awaitable[T]],
+        done: Callable[[T], bool],
+        *,
+        wait_s: float,
+        ends: Sequence[asyncio.Task[object]],
+        hinted: asyncio.Event | None,
+    ) -> T:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        seen = await look()
+        while not done(seen) and (left_s := began + wait_s - loop.time()) > 0:
+            pause_s = min(LOOK_S_MAX, LOOK_S_MIN + LOOK_SHARE * (loop.time() - began))
+            if hinted is not None and self._listener.is_hearing:
+                pause_s = HINTED_LOOK_S
+            if await _ended(ends, hinted, within_s=min(pause_s, left_s)):
+                break
+            seen = await look()
+        return seen
+
+    @contextmanager
+    def _hinted(self, batch_id: UUID | None) -> Iterator[asyncio.Event | None]:
+        """Yield what is set at each hint that this batch is finished."""
+        if batch_id is None:
+            yield None
+            return
+        key, hinted = str(batch_id), asyncio.Event()
+        self._hints.setdefault(key, []).append(hinted)
+        try:
+            yield hinted
+        finally:
+            self._hints[key].remove(hinted)
+            if not self._hints[key]:
+                del self._hints[key]
 
 
 async def _wait_asked(
@@ -89,23 +145,17 @@ def applied(wait_s: int | None) -> dict[str, str]:
     return {} if wait_s is None else {"Preference-Applied": f"wait={wait_s}"}
 
 
-async def _look_again(
-    look: Callable[[], Awaitable[T]],
-    done: Callable[[T], bool],
-    seen: T,
-    *,
-    wait_s: float,
-    ends: Sequence[asyncio.Task[object]],
-) -> T:
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    while not done(seen) and (left_s := began + wait_s - loop.time()) > 0:
-        interval_s = min(LOOK_S_MAX, LOOK_S_MIN + LOOK_SHARE * (loop.time() - began))
-        ended, _ = await asyncio.wait(ends, timeout=min(interval_s, left_s), return_when=asyncio.FIRST_COMPLETED)
-        if ended:
-            break
-        seen = await look()
-    return seen
+async def _ended(ends: Sequence[asyncio.Task[object]], hinted: asyncio.Event | None, *, within_s: float) -> bool:
+    """Wait for a hint, at most `within_s`; say whether one of the `ends` came before it."""
+    hint = [] if hinted is None else [asyncio.create_task(hinted.wait())]
+    try:
+        await asyncio.wait([*ends, *hint], timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in hint:
+            task.cancel()
+    if hinted is not None:
+        hinted.clear()
+    return any(end.done() for end in ends)
 
 
 async def _gone(request: Request) -> None:

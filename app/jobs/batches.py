@@ -11,6 +11,7 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.jobs.hints import FINISHED
 from app.jobs.listing import IN_ORDER, LISTED_MAX, listed
 
 IDEMPOTENCY_KEPT_S = 24 * 3600
@@ -107,7 +108,7 @@ async def find_cancelled(session: AsyncSession, ids: Collection[UUID]) -> set[UU
 # Mostly there is nothing to finish: batches that wait at many hosts are asked about with nearly every result. So it
 # first looks without locks, up to the first tally with work left (LIMIT: joined, it read all tallies of each batch).
 # Once nothing is left, nothing comes any more: what was found is not to be asked again under the lock.
-FINISH = text("""
+FINISH = text(f"""
     WITH chosen AS MATERIALIZED (
         SELECT id FROM batch WHERE id = ANY(CAST(:ids AS uuid[])) AND finished_at IS NULL AND (
             SELECT true FROM tally WHERE tally.batch_id = batch.id AND tally.queued + tally.running > 0 LIMIT 1
@@ -115,17 +116,19 @@ FINISH = text("""
     ), locked AS MATERIALIZED (
         SELECT batch.id FROM chosen JOIN batch ON batch.id = chosen.id
         WHERE batch.finished_at IS NULL ORDER BY batch.id FOR UPDATE OF batch
+    ), finished AS (
+        UPDATE batch SET
+            status = CASE WHEN cancel_requested_at IS NULL THEN 'completed' ELSE 'cancelled' END,
+            started_at = coalesce(started_at, now()), finished_at = now()
+        FROM locked WHERE batch.id = locked.id AND batch.finished_at IS NULL
+        RETURNING batch.id
     )
-    UPDATE batch SET
-        status = CASE WHEN cancel_requested_at IS NULL THEN 'completed' ELSE 'cancelled' END,
-        started_at = coalesce(started_at, now()), finished_at = now()
-    FROM locked WHERE batch.id = locked.id AND batch.finished_at IS NULL
-    RETURNING batch.id
+    SELECT id, pg_notify('{FINISHED}', CAST(id AS text)) FROM finished
 """)
 
 
 async def finish(session: AsyncSession, ids: Collection[UUID]) -> set[UUID]:
-    """Finish those of the batches that have nothing left to run; return which.
+    """Finish those of the batches that have nothing left to run, and hint at it; return which.
 
     Call it in a transaction later than the one that recorded the last job: two that record the last jobs of two
     shards at once do not see each other.

@@ -1,4 +1,7 @@
-"""Hints of new work, by NOTIFY. They may be lost: polling finds the work all the same, five seconds later at most."""
+"""Hints by NOTIFY: to workers that there is work, to the API that a batch is finished.
+
+They may be lost: polling finds the same, some seconds later at most.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -9,31 +12,35 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.jobs.database import DATABASE_ERRORS, connect
 
-CHANNEL = "fetchpool_jobs"
+WORK = "fetchpool_jobs"
+FINISHED = "fetchpool_finished"
+"""Channels; what is said on the latter is the id of a batch, by `batches.finish`."""
 LISTEN_AGAIN_S = 5.0
 ASK_S = 10.0
 
 
 async def give(session: AsyncSession) -> None:
     """Hint to the workers that there is work; a transaction of its own, for NOTIFY commits under a global lock."""
-    await session.execute(text("SELECT pg_notify(:channel, '')"), {"channel": CHANNEL})
+    await session.execute(text("SELECT pg_notify(:channel, '')"), {"channel": WORK})
 
 
 class Listener:
-    """One worker's ear for hints. `is_hearing`: a hint given now would arrive, so that polls may be rare."""
+    """One process's ear for hints. `is_hearing`: a hint given now would arrive, so that polls may be rare."""
 
-    def __init__(self) -> None:
+    def __init__(self, channel: str = WORK) -> None:
+        self._channel = channel
         self.is_hearing = False
 
-    async def hear(self, url: str, *wakes: Callable[[], None]) -> None:
-        """Call `wakes` at every hint, and when hearing begins or ends, for ever, over a connection of its own.
+    async def hear(self, url: str, *wakes: Callable[[str], None]) -> None:
+        """Call `wakes` with what every hint says, for ever, over a connection of its own.
 
-        Not through PgBouncer, which has no LISTEN.
+        With an empty string when hearing begins or ends: anything may have been missed. Not through PgBouncer, which
+        has no LISTEN.
         """
 
-        def wake_all(*_: object) -> None:
+        def wake_all(*hint: object) -> None:
             for wake in wakes:
-                wake()
+                wake(str(hint[-1]) if hint else "")
 
         while True:
             with suppress(*DATABASE_ERRORS):
@@ -46,7 +53,7 @@ class Listener:
         closed = asyncio.Event()
         connection.add_termination_listener(lambda _: closed.set())
         try:
-            await connection.add_listener(CHANNEL, wake_all)
+            await connection.add_listener(self._channel, wake_all)
             self.is_hearing = True
             wake_all()
             while True:

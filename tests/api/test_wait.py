@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from functools import partial
 from uuid import UUID
 
 import httpx2
@@ -9,11 +10,13 @@ import pytest
 from fastapi import FastAPI
 from sqlalchemy import make_url, text
 
-from app.api.application import stop_waiting
+from app.api import waiting
+from app.api.application import stop_waiting, wake_waiting
 from app.api.context import Context
 from app.api.waiting import Waits
 from app.jobs import database
 from app.jobs.database import make_engine, make_sessions
+from app.jobs.hints import FINISHED, Listener
 from tests.api.conftest import AppMaker, calling, served
 from tests.databases import connect
 from tests.jobs.actors import Client as Reader
@@ -59,6 +62,55 @@ async def test_a_wait_ends_with_the_batch(
         response = await waiting
     assert response.json()["status"] == "completed"
     assert response.headers["Preference-Applied"] == "wait=30"
+
+
+async def test_a_hint_ends_a_wait_for_the_end(
+    make_app: AppMaker, reader: Reader, worker: Worker, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heard, it spares the looks: here the next one would come after an hour."""
+    monkeypatch.setattr(waiting, "HINTED_LOOK_S", 3600.0)
+    listener = Listener(FINISHED)
+    app = make_app(finishes=listener)
+    hearing = asyncio.create_task(listener.hear(database_url, partial(wake_waiting, app)))
+    await until(lambda: listener.is_hearing)
+    batch_id, other_id = await reader.submit("h.example"), await reader.submit("other.example")
+    async with calling(app) as api:
+        asking = [
+            asyncio.create_task(api.get(f"/v1/batches/{each}", headers={"Prefer": "wait=60"}))
+            for each in (batch_id, batch_id, other_id)
+        ]
+        await until_waiting(app, 3)
+        claimed = await worker.claim()
+        [job] = next(jobs for jobs in claimed.values() if jobs[0].batch_id == batch_id)
+        await worker.record(success(job))
+        await reader.finish(batch_id)
+        async with asyncio.timeout(10):
+            answers = await asyncio.gather(*asking[:2])
+        assert [answer.json()["status"] for answer in answers] == ["completed", "completed"]
+        assert not asking[2].done()
+        stop_waiting(app)
+        assert (await asking[2]).json()["status"] == "queued"
+    hearing.cancel()
+    await asyncio.gather(hearing, return_exceptions=True)
+
+
+async def test_a_wait_looks_by_itself_once_hints_are_no_longer_heard(
+    make_app: AppMaker, reader: Reader, worker: Worker, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "HINTED_LOOK_S", 3600.0)
+    listener = Listener(FINISHED)
+    app = make_app(finishes=listener)
+    hearing = asyncio.create_task(listener.hear(database_url, partial(wake_waiting, app)))
+    await until(lambda: listener.is_hearing)
+    batch_id = await reader.submit("h.example")
+    async with calling(app) as api:
+        asking = asyncio.create_task(api.get(f"/v1/batches/{batch_id}", headers={"Prefer": "wait=60"}))
+        await until_waiting(app)
+        hearing.cancel()
+        await asyncio.gather(hearing, return_exceptions=True)
+        await run(worker, reader, batch_id)
+        async with asyncio.timeout(10):
+            assert (await asking).json()["status"] == "completed"
 
 
 async def test_with_an_etag_a_wait_ends_with_any_change(app: FastAPI, api: httpx2.AsyncClient, reader: Reader) -> None:

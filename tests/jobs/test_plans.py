@@ -79,7 +79,7 @@ async def plan(sessions: Sessions, statement: TextClause, values: Mapping[str, A
 
 async def generic_plan(sessions: Sessions, statement: TextClause) -> str:
     """The plan for whatever values, as a worker's connections make it (`make_engine(generic_plans=True)`)."""
-    compiled = statement.compile(dialect=asyncpg.dialect())
+    compiled = statement.compile(dialect=asyncpg.dialect())  # type: ignore[no-untyped-call]
     nulls = ", ".join(["NULL"] * len(compiled.params))
     async with sessions.begin() as session:
         connection = await session.connection()

@@ -87,7 +87,7 @@ async def test_upkeep_follows_up_a_cancelled_batch_after_a_rest(service: Service
     keeper = upkeep.Upkeep(service.sessions, autocommit=service.sessions, listener=listener, lease_s=30.0)
     beside = [
         asyncio.create_task(keeper.run()),
-        asyncio.create_task(listener.hear(database_url, keeper.wake)),
+        asyncio.create_task(listener.hear(database_url, lambda _: keeper.wake())),
     ]
     await until(lambda: listener.is_hearing)
     await asyncio.sleep(1.5)
