@@ -3,6 +3,7 @@
 Functions take a session and never commit. The jobs themselves change in `queue`.
 """
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -222,7 +223,7 @@ UNLIST = text(f"""
 """)
 
 # In a statement of its own before the deletion: whoever was storing the same bytes has then committed, and the next
-# statement's snapshot shows their job.
+# statement's snapshot shows that their jobs were counted.
 LOCK_BODIES = text("""
     SELECT body.shard, body.sha256 FROM body
     JOIN unnest(CAST(:shards AS smallint[]), CAST(:sha256s AS bytea[])) AS old(shard, sha256) USING (shard, sha256)
@@ -230,11 +231,20 @@ LOCK_BODIES = text("""
 """)
 
 ERASE_BODIES = text("""
-    DELETE FROM body
-    USING unnest(CAST(:shards AS smallint[]), CAST(:sha256s AS bytea[])) AS old(shard, sha256)
+    WITH old AS MATERIALIZED (
+        SELECT * FROM unnest(CAST(:shards AS smallint[]), CAST(:sha256s AS bytea[]), CAST(:counts AS int[]))
+            AS o(shard, sha256, n)
+    ), kept AS (
+        UPDATE body_shared SET more = more - old.n FROM old
+        WHERE body_shared.shard = old.shard AND body_shared.sha256 = old.sha256 AND body_shared.more >= old.n
+        RETURNING body_shared.shard, body_shared.sha256
+    ), unshared AS (
+        DELETE FROM body_shared USING old
+        WHERE body_shared.shard = old.shard AND body_shared.sha256 = old.sha256 AND body_shared.more < old.n
+    )
+    DELETE FROM body USING old
     WHERE body.shard = old.shard AND body.sha256 = old.sha256 AND NOT EXISTS (
-        SELECT 1 FROM job
-        WHERE job.shard = old.shard AND job.body_sha256 = old.sha256 AND job.body_sha256 IS NOT NULL
+        SELECT 1 FROM kept WHERE kept.shard = old.shard AND kept.sha256 = old.sha256
     )
 """)
 
@@ -266,10 +276,10 @@ async def erase(session: AsyncSession, batch_id: UUID, *, limit: int, bytes_max:
             for statement in ERASE_REST:
                 await session.execute(statement, {"batch_id": batch_id})
         return 0
-    if bodies := sorted({(row.shard, row.body_sha256) for row in rows if row.body_sha256 is not None}):
-        keys = {"shards": [shard for shard, _ in bodies], "sha256s": [sha256 for _, sha256 in bodies]}
+    if counts := Counter((row.shard, row.body_sha256) for row in rows if row.body_sha256 is not None):
+        keys = {"shards": [shard for shard, _ in counts], "sha256s": [sha256 for _, sha256 in counts]}
         await session.execute(LOCK_BODIES, keys)
-        await session.execute(ERASE_BODIES, keys)
+        await session.execute(ERASE_BODIES, keys | {"counts": list(counts.values())})
     erased_position = max(row.position for row in rows)
     await session.execute(UNLIST, {"batch_id": batch_id, "erased_position": erased_position, "listed_max": LISTED_MAX})
     return len(rows)

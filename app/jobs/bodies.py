@@ -5,6 +5,7 @@ Knows no jobs; `batches` erases the bodies that none wants any more.
 
 import struct
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import Any
 
@@ -79,21 +80,31 @@ KEEP = text("""
     ) AS kept
 """)
 
-# The update of a row that is there already is never done, but locks the row, as above.
+# The update of a row that is there already is never done, but locks the row, as above, and returns nothing of it.
 INSERT = text("""
     INSERT INTO body (shard, sha256, encoding, content)
     SELECT * FROM unnest(
         CAST(:shards AS smallint[]), CAST(:sha256s AS bytea[]), CAST(:encodings AS text[]), CAST(:contents AS bytea[])
     )
     ON CONFLICT (shard, sha256) DO UPDATE SET encoding = body.encoding WHERE false
+    RETURNING shard, sha256
+""")
+
+SHARE = text("""
+    INSERT INTO body_shared (shard, sha256, more)
+    SELECT * FROM unnest(CAST(:shards AS smallint[]), CAST(:sha256s AS bytea[]), CAST(:more AS int[]))
+    ON CONFLICT (shard, sha256) DO UPDATE SET more = body_shared.more + excluded.more
 """)
 
 
-async def store(session: AsyncSession, packed: Mapping[Key, Packed], *, seen: Collection[Key]) -> None:
+async def store(
+    session: AsyncSession, packed: Mapping[Key, Packed], *, seen: Collection[Key], jobs: Mapping[Key, int]
+) -> None:
     """Store bodies in the caller's transaction, but for those of the `seen` that are still there.
 
-    Nobody erases any of them before its end. By COPY, at half the cost of an INSERT; it knows no ON CONFLICT, so that
-    the rare conflict undoes it, by a savepoint.
+    `jobs` says how many jobs each is for; the first of all that have a body is not counted. Nobody erases any of them
+    before the transaction's end. By COPY, at half the cost of an INSERT; it knows no ON CONFLICT, so that the rare
+    conflict undoes it, by a savepoint.
     """
     if not packed:
         return
@@ -104,17 +115,26 @@ async def store(session: AsyncSession, packed: Mapping[Key, Packed], *, seen: Co
             if new := sorted(packed.keys() - kept):
                 await driver.copy_to_table("body", source=_copy_rows(new, packed), columns=COLUMNS, format="binary")
     except asyncpg.UniqueViolationError:  # another worker has just stored the same bytes
-        await _insert(session, packed)  # all of them: those that were kept are free again, and are locked in key order
+        # all of them: those that were kept are free again, and are locked in key order
+        new = await _insert(session, packed)
+    await _share(session, Counter(jobs) - Counter(new))
 
 
 async def _keep(session: AsyncSession, keys: Collection[Key]) -> set[Key]:
     return {(row.shard, row.sha256) for row in await session.execute(KEEP, _columns(keys))}
 
 
-async def _insert(session: AsyncSession, packed: Mapping[Key, Packed]) -> None:
+async def _insert(session: AsyncSession, packed: Mapping[Key, Packed]) -> list[Key]:
+    """Return those that were not there."""
     keys = sorted(packed)
     contents, encodings = map(list, zip(*(packed[key] for key in keys), strict=True))
-    await session.execute(INSERT, _columns(keys) | {"contents": contents, "encodings": encodings})
+    rows = await session.execute(INSERT, _columns(keys) | {"contents": contents, "encodings": encodings})
+    return [(row.shard, row.sha256) for row in rows]
+
+
+async def _share(session: AsyncSession, more: Mapping[Key, int]) -> None:
+    if keys := sorted(more):
+        await session.execute(SHARE, _columns(keys) | {"more": [more[key] for key in keys]})
 
 
 def _columns(keys: Collection[Key]) -> dict[str, list[Any]]:

@@ -377,8 +377,10 @@ async def record(session: AsyncSession, results: Sequence[Result]) -> Recorded:
     numbers = (await session.execute(RECORD_JOBS, _result_arrays(results))).one()
     stored = [results[number - 1] for number in numbers.recorded]
     wanted = _bodies(stored)
-    seen = wanted.keys() & _bodies(results[number - 1] for number in numbers.bodies_seen).keys()
-    await bodies.store(session, wanted, seen=seen)
+    seen = wanted.keys() & {_body_key(results[number - 1]) for number in numbers.bodies_seen}
+    await bodies.store(
+        session, wanted, seen=seen, jobs=Counter(_body_key(result) for result in stored if result.body is not None)
+    )
     changes: dict[tallies.Key, Change] = defaultdict(Change)
     for result in stored:
         _add_to_change(changes[result.job.shard, result.job.batch_id], result)
@@ -410,11 +412,12 @@ def _result_arrays(results: Sequence[Result]) -> dict[str, list[Any]]:
 
 
 def _bodies(results: Iterable[Result]) -> dict[bodies.Key, bodies.Packed]:
-    return {
-        (result.job.shard, result.body_sha256): (result.body, result.encoding)
-        for result in results
-        if result.body is not None and result.body_sha256 is not None
-    }
+    return {_body_key(result): (result.body, result.encoding) for result in results if result.body is not None}
+
+
+def _body_key(result: Result) -> bodies.Key:
+    assert result.body_sha256 is not None
+    return result.job.shard, result.body_sha256
 
 
 def _add_to_change(change: Change, result: Result) -> None:

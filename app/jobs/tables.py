@@ -149,8 +149,6 @@ job = Table(
     Index("job_claim", "shard", "host", "batch_id", "run_at", postgresql_where=text("status = 'queued'")),
     # queue.rescue: what ran under a lost lease
     Index("job_running", "shard", "host", "batch_id", postgresql_where=text("status = 'running'")),
-    # batches.erase: whether a body is still wanted
-    Index("job_body", "shard", "body_sha256", postgresql_where=text("body_sha256 IS NOT NULL")),
     postgresql_with={"autovacuum_vacuum_scale_factor": "0.02", "autovacuum_vacuum_cost_delay": "1"},
 )
 
@@ -200,6 +198,20 @@ body = Table(
 can hold it: 3.7 KB were two chunks of TOAST, each with an entry in an index."""
 BODY_STORAGE = "ALTER TABLE body ALTER COLUMN content SET STORAGE EXTERNAL"
 event.listen(body, "after_create", DDL(BODY_STORAGE))  # type: ignore[no-untyped-call]  # SQLAlchemy 2.1 leaves it without types
+
+body_shared = Table(
+    "body_shared",
+    metadata,
+    Column("shard", SmallInteger, nullable=False),
+    Column("sha256", LargeBinary, nullable=False),
+    # jobs that have the body beside the first
+    Column("more", Integer, nullable=False),
+    PrimaryKeyConstraint("shard", "sha256"),
+    CheckConstraint("more >= 0", name="more_not_negative"),
+    postgresql_with=HOT_ROWS,
+)
+"""How many jobs have the same body, where there are several: it is erased with the last of them. Most bodies have one;
+an index on the jobs' bodies was an entry more for each, at a random place of it."""
 
 tally = Table(
     "tally",

@@ -23,6 +23,7 @@ else:
 
 WAITING = text("SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()")
 LOCK = text("SELECT FROM body WHERE sha256 = :sha256 FOR UPDATE")
+SHARED = text("SELECT shard, sha256, more FROM body_shared")
 STORED = text("SELECT shard, sha256, encoding, content FROM body ORDER BY shard, sha256")
 
 
@@ -37,7 +38,7 @@ async def storing(
     """A transaction that has stored them, after another statement, as results are."""
     async with sessions.begin() as session:
         await ping(session)
-        await bodies.store(session, wanted, seen=list(seen))
+        await bodies.store(session, wanted, seen=list(seen), jobs=dict.fromkeys(wanted, 1))
         yield session
 
 
@@ -92,6 +93,12 @@ async def test_bodies_of_every_size_come_back(sessions: Sessions) -> None:
     assert {encoding for _, encoding in wanted.values()} == {"identity", "gzip"}
 
 
+async def shared(sessions: Sessions) -> dict[bodies.Key, int]:
+    """How many jobs have a body beside the first, where any do."""
+    async with sessions.begin() as session:
+        return {(row.shard, row.sha256): row.more for row in await session.execute(SHARED)}
+
+
 async def test_two_that_store_the_same_bytes_at_once_both_succeed(sessions: Sessions) -> None:
     first, second = packed(b"shared", b"first"), packed(b"shared", b"second", b"third")
     async with storing(sessions, first):
@@ -99,6 +106,24 @@ async def test_two_that_store_the_same_bytes_at_once_both_succeed(sessions: Sess
         await until(lambda: waiting(sessions))
     await other
     assert await stored(sessions) == first | second
+    assert await shared(sessions) == dict.fromkeys(first.keys() & second.keys(), 1)
+
+
+async def test_a_body_is_erased_with_the_last_of_its_jobs(sessions: Sessions) -> None:
+    client, worker = Client(sessions), Worker(sessions)
+    batch_ids = [await client.submit(*["h"] * count) for count in (3, 1, 2)]
+    _, jobs = await worker.claim_one()
+    for some in (jobs[:2], jobs[2:]):  # several at once, and several to what is there already
+        await worker.record(*(success(job, b"the same") for job in some))
+    [key] = await stored(sessions)
+    left = []
+    for batch_id in batch_ids:
+        await client.finish(batch_id)
+        await client.delete(batch_id)
+        async with sessions.begin() as session:
+            await batches.erase(session, batch_id, limit=100)
+        left.append((list(await stored(sessions)), await shared(sessions)))
+    assert left == [([key], {key: 2}), ([key], {key: 1}), ([], {})]
 
 
 async def test_a_body_that_was_seen_and_is_erased_by_then_is_stored_again(sessions: Sessions) -> None:

@@ -25,6 +25,7 @@ from app.jobs import batches, hosts, leases, queue
 from app.jobs.database import make_engine, make_sessions
 from app.jobs.ids import shard_of_host
 from app.jobs.leases import BackOff
+from app.jobs.tables import metadata
 from app.jobs.values import ClaimedJob, Lease, Result
 from tests.databases import connect
 from tests.jobs.actors import LEASE_S, Client, Worker, failure, retry, success
@@ -70,7 +71,7 @@ class Stage:
         return self.run(transaction())
 
     def clear(self) -> None:
-        self.run(self._connection.execute("TRUNCATE batch, host, job, attempt, body, tally, histogram, worker"))
+        self.run(self._connection.execute(f"TRUNCATE {', '.join(metadata.tables)}"))
 
     def let_pass(self, seconds: float) -> None:
         """Move every time that is stored into the past, which is what waiting comes to."""
@@ -86,6 +87,13 @@ class Stage:
         self._loop.close()
 
 
+BODIES = """
+    SELECT shard, sha256, 1 + coalesce(more, 0) AS jobs FROM body LEFT JOIN body_shared USING (shard, sha256)
+"""
+LISTED = """
+    SELECT batch_id, first_position + CAST(number AS int) - 1 AS position, id
+    FROM batch_jobs CROSS JOIN LATERAL unnest(ids) WITH ORDINALITY AS key(id, number)
+"""
 PASS = """
     UPDATE host SET next_at = next_at - interval ':seconds s', not_before = not_before - interval ':seconds s';
     UPDATE job SET run_at = run_at - interval ':seconds s', started_at = started_at - interval ':seconds s',
@@ -103,7 +111,8 @@ class Picture:
     batches: dict[UUID, Row]
     tallies: dict[tuple[int, UUID], Row]
     histogram: dict[tuple[int, UUID, str, str], int]
-    bodies: set[tuple[int, bytes]]
+    bodies: dict[tuple[int, bytes], int]
+    listed: list[tuple[UUID, int, UUID]]
     attempts: list[Row]
 
     def is_running(self, job: ClaimedJob) -> bool:
@@ -136,7 +145,8 @@ async def _look(connection: asyncpg.Connection) -> Picture:
             batches={row["id"]: row for row in rows["batch"]},
             tallies={(row["shard"], row["batch_id"]): row for row in rows["tally"]},
             histogram={(row["shard"], row["batch_id"], row["kind"], row["key"]): row["n"] for row in rows["histogram"]},
-            bodies={(row["shard"], row["sha256"]) for row in await connection.fetch("SELECT shard, sha256 FROM body")},
+            bodies={(row["shard"], row["sha256"]): row["jobs"] for row in await connection.fetch(BODIES)},
+            listed=[(row["batch_id"], row["position"], row["id"]) for row in await connection.fetch(LISTED)],
             attempts=rows["attempt"],
         )
 
@@ -219,8 +229,15 @@ def a_batch_and_its_tallies_agree_on_its_cancelling(picture: Picture) -> Iterato
 
 
 def bodies_are_there_as_long_as_jobs_want_them(picture: Picture) -> Iterator[object]:
-    wanted = {(job["shard"], job["body_sha256"]) for job in picture.jobs.values() if job["body_sha256"] is not None}
-    yield from wanted ^ picture.bodies
+    wanted = Counter(
+        (job["shard"], job["body_sha256"]) for job in picture.jobs.values() if job["body_sha256"] is not None
+    )
+    yield from wanted.items() ^ picture.bodies.items()
+
+
+def jobs_are_listed_in_their_places(picture: Picture) -> Iterator[object]:
+    there = {(job["batch_id"], job["position"], job["id"]) for job in picture.jobs.values()}
+    yield from there ^ {place for place in picture.listed if place[2] in picture.jobs}
 
 
 def earlier_attempts_belong_to_jobs(picture: Picture) -> Iterator[object]:
@@ -256,6 +273,7 @@ STATE_RULES = (
     a_batch_has_as_many_jobs_as_its_tallies,
     a_batch_and_its_tallies_agree_on_its_cancelling,
     bodies_are_there_as_long_as_jobs_want_them,
+    jobs_are_listed_in_their_places,
     earlier_attempts_belong_to_jobs,
     the_accused_lost_three_workers,
     each_crash_is_that_of_an_attempt,

@@ -38,6 +38,8 @@ FILL = """
     ), bodies AS (
         INSERT INTO body (shard, sha256, encoding, content)
         SELECT DISTINCT ON (n) shard, sha256(n::text::bytea), 'identity', '' FROM made
+    ), shared AS (
+        INSERT INTO body_shared (shard, sha256, more) SELECT DISTINCT ON (n) shard, sha256(n::text::bytea), 1 FROM made
     ), attempts AS (
         INSERT INTO attempt (shard, job_id, number, started_at, finished_at, error)
         SELECT shard, gen_random_uuid(), 1, now(), now(), 'read_timeout' FROM made
@@ -156,7 +158,9 @@ STATEMENTS: list[tuple[str, TextClause, Mapping[str, Any]]] = [
     *((f"erase the rest ({number})", each, {"batch_id": uuid4()}) for number, each in enumerate(batches.ERASE_REST)),
     ("erase jobs", batches.ERASE_JOBS, {"batch_id": uuid4(), "limit": 100, "bytes_max": 2**20}),
     ("keep bodies", bodies.KEEP, {"shards": [1], "sha256s": [b"1" * 32]}),
-    ("erase bodies", batches.ERASE_BODIES, {"shards": [1], "sha256s": [b"1" * 32]}),
+    ("share bodies", bodies.SHARE, {"shards": [1], "sha256s": [b"1" * 32], "more": [1]}),
+    ("lock bodies", batches.LOCK_BODIES, {"shards": [1], "sha256s": [b"1" * 32]}),
+    ("erase bodies", batches.ERASE_BODIES, {"shards": [1], "sha256s": [b"1" * 32], "counts": [1]}),
     ("read a batch", reads.ONE_BATCH, {"id": uuid4()}),
     ("list batches", reads.MANY_BATCHES, {"limit": 50, "before": uuid4(), "status": None}),
     (
@@ -188,7 +192,7 @@ async def test_no_hot_statement_reads_a_whole_table(filled: Sessions) -> None:
         if statement not in CLIENTS_STATEMENTS:
             plans.append(await generic_plan(filled, statement))
         for steps in plans:
-            for table in ("job", "attempt", "host", "tally", "histogram", "body", "batch", "batch_jobs"):
+            for table in ("job", "attempt", "host", "tally", "histogram", "body", "body_shared", "batch", "batch_jobs"):
                 assert f"Seq Scan on {table}" not in steps, f"{name} reads all of {table}:\n{steps}"
 
 

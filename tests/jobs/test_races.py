@@ -107,11 +107,13 @@ DIFFERENCES = """
     SELECT batch_id, 'histogram' FROM outcomes FULL JOIN histogram USING (shard, batch_id, kind, key, n)
     WHERE outcomes IS NULL OR histogram IS NULL
     UNION ALL
-    SELECT job.batch_id, 'body' FROM job LEFT JOIN body ON body.shard = job.shard AND body.sha256 = job.body_sha256
-    WHERE job.body_sha256 IS NOT NULL AND body IS NULL
+    SELECT NULL, 'body' FROM (
+        SELECT shard, body_sha256 AS sha256, count(*) AS n FROM job WHERE body_sha256 IS NOT NULL GROUP BY 1, 2
+    ) AS wanted FULL JOIN (
+        SELECT shard, sha256, 1 + coalesce(more, 0) AS n FROM body LEFT JOIN body_shared USING (shard, sha256)
+    ) AS kept USING (shard, sha256, n) WHERE wanted IS NULL OR kept IS NULL
     UNION ALL
-    SELECT NULL, 'unwanted body' FROM body WHERE NOT EXISTS (
-        SELECT 1 FROM job WHERE job.shard = body.shard AND job.body_sha256 = body.sha256)
+    SELECT NULL, 'shared by nobody' FROM body_shared LEFT JOIN body USING (shard, sha256) WHERE body IS NULL
     UNION ALL
     SELECT batch_id, 'job without batch' FROM job WHERE NOT EXISTS (SELECT 1 FROM batch WHERE batch.id = job.batch_id)
 """
