@@ -7,6 +7,7 @@ they cannot deadlock. Decides nothing about retries: it stores what the worker d
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from http import HTTPStatus
 from operator import itemgetter
 from typing import Any
 from uuid import UUID
@@ -422,6 +423,7 @@ def _body_key(result: Result) -> bodies.Key:
 
 def _add_to_change(change: Change, result: Result) -> None:
     change.move("running", result.status)
+    change.http_200 += result.http_status == HTTPStatus.OK and result.status != "queued"
     change.wire_bytes += result.wire_bytes
     change.body_bytes += result.body_bytes
 
@@ -431,7 +433,7 @@ def _histogram_keys(result: Result) -> Iterator[HistogramKey]:
         return
     if result.error is not None:
         yield result.job.shard, result.job.batch_id, "error", result.error
-    if result.http_status is not None:
+    if result.http_status not in (None, HTTPStatus.OK):
         yield result.job.shard, result.job.batch_id, "http_status", str(result.http_status)
 
 

@@ -135,7 +135,7 @@ BATCH_WITH_COUNTS = """
     CROSS JOIN LATERAL (
         SELECT coalesce(sum(queued), 0) AS queued, coalesce(sum(running), 0) AS running,
             coalesce(sum(succeeded), 0) AS succeeded, coalesce(sum(failed), 0) AS failed,
-            coalesce(sum(cancelled), 0) AS cancelled,
+            coalesce(sum(cancelled), 0) AS cancelled, coalesce(sum(http_200), 0) AS http_200,
             CAST(coalesce(sum(wire_bytes), 0) AS bigint) AS wire_bytes,
             CAST(coalesce(sum(body_bytes), 0) AS bigint) AS body_bytes
         FROM tally WHERE tally.batch_id = batch.id
@@ -146,6 +146,7 @@ BATCH_WITH_COUNTS = """
         FROM (
             SELECT kind, key, CAST(sum(n) AS bigint) AS n
             FROM histogram WHERE histogram.batch_id = batch.id GROUP BY kind, key
+            UNION ALL SELECT 'http_status', '200', http_200 WHERE http_200 > 0
         ) AS outcome
     ) AS outcomes
 """

@@ -227,6 +227,8 @@ tally = Table(
     Column("wire_bytes", BigInteger, nullable=False, server_default=text("0")),
     Column("body_bytes", BigInteger, nullable=False, server_default=text("0")),
     Column("cancel_requested", Boolean, nullable=False, server_default=text("false")),
+    # finished with HTTP status 200, as most are; the histogram has all other statuses
+    _count("http_200"),
     PrimaryKeyConstraint("shard", "batch_id"),
     CheckConstraint("least(queued, running, succeeded, failed, cancelled) >= 0", name="counts_not_negative"),
     CheckConstraint("queued + running + succeeded + failed + cancelled = total", name="counts_add_up"),

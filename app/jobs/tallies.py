@@ -24,6 +24,7 @@ class Change:
     succeeded: int = 0
     failed: int = 0
     cancelled: int = 0
+    http_200: int = 0
     wire_bytes: int = 0
     body_bytes: int = 0
 
@@ -33,17 +34,18 @@ class Change:
         setattr(self, entering, getattr(self, entering) + 1)
 
 
-# A column that is empty is one of zeros: of nine, a claim changes two.
+# A column that is empty is one of zeros: of ten, a claim changes two.
 CHANGE = text("""
     WITH change AS (
         SELECT shard, batch_id, coalesce(queued, 0) AS queued, coalesce(running, 0) AS running,
             coalesce(succeeded, 0) AS succeeded, coalesce(failed, 0) AS failed, coalesce(cancelled, 0) AS cancelled,
-            coalesce(wire_bytes, 0) AS wire_bytes, coalesce(body_bytes, 0) AS body_bytes
+            coalesce(http_200, 0) AS http_200, coalesce(wire_bytes, 0) AS wire_bytes,
+            coalesce(body_bytes, 0) AS body_bytes
         FROM unnest(
             CAST(:shards AS smallint[]), CAST(:batch_ids AS uuid[]), CAST(:queued AS int[]), CAST(:running AS int[]),
-            CAST(:succeeded AS int[]), CAST(:failed AS int[]), CAST(:cancelled AS int[]),
+            CAST(:succeeded AS int[]), CAST(:failed AS int[]), CAST(:cancelled AS int[]), CAST(:http_200 AS int[]),
             CAST(:wire_bytes AS bigint[]), CAST(:body_bytes AS bigint[])
-        ) AS c(shard, batch_id, queued, running, succeeded, failed, cancelled, wire_bytes, body_bytes)
+        ) AS c(shard, batch_id, queued, running, succeeded, failed, cancelled, http_200, wire_bytes, body_bytes)
     ), locked AS MATERIALIZED (
         SELECT change.* FROM tally JOIN change USING (shard, batch_id)
         ORDER BY shard, batch_id FOR UPDATE OF tally
@@ -54,6 +56,7 @@ CHANGE = text("""
             succeeded = tally.succeeded + locked.succeeded,
             failed = tally.failed + locked.failed,
             cancelled = tally.cancelled + locked.cancelled,
+            http_200 = tally.http_200 + locked.http_200,
             wire_bytes = tally.wire_bytes + locked.wire_bytes,
             body_bytes = tally.body_bytes + locked.body_bytes
         FROM locked
@@ -80,6 +83,7 @@ async def change(session: AsyncSession, changes: Mapping[Key, Change]) -> set[UU
             "succeeded": _unless_zero([row.succeeded for row in rows]),
             "failed": _unless_zero([row.failed for row in rows]),
             "cancelled": _unless_zero([row.cancelled for row in rows]),
+            "http_200": _unless_zero([row.http_200 for row in rows]),
             "wire_bytes": _unless_zero([row.wire_bytes for row in rows]),
             "body_bytes": _unless_zero([row.body_bytes for row in rows]),
         },
@@ -92,7 +96,7 @@ def _unless_zero(column: list[int]) -> list[int]:
 
 
 HistogramKey = tuple[int, UUID, str, str]
-"""(shard, batch id, kind, key), where kind is `error` or `http_status`."""
+"""(shard, batch id, kind, key), where kind is `error` or `http_status`; but status 200 is in the tallies."""
 
 COUNT_OUTCOMES = text("""
     INSERT INTO histogram (shard, batch_id, kind, key, n)

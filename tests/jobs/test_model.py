@@ -144,7 +144,12 @@ async def _look(connection: asyncpg.Connection) -> Picture:
             jobs={row["id"]: row for row in rows["job"]},
             batches={row["id"]: row for row in rows["batch"]},
             tallies={(row["shard"], row["batch_id"]): row for row in rows["tally"]},
-            histogram={(row["shard"], row["batch_id"], row["kind"], row["key"]): row["n"] for row in rows["histogram"]},
+            histogram={(row["shard"], row["batch_id"], row["kind"], row["key"]): row["n"] for row in rows["histogram"]}
+            | {
+                (row["shard"], row["batch_id"], "http_status", "200"): row["http_200"]
+                for row in rows["tally"]
+                if row["http_200"]
+            },
             bodies={(row["shard"], row["sha256"]): row["jobs"] for row in await connection.fetch(BODIES)},
             listed=[(row["batch_id"], row["position"], row["id"]) for row in await connection.fetch(LISTED)],
             attempts=rows["attempt"],

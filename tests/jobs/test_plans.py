@@ -98,7 +98,7 @@ async def generic_plan(sessions: Sessions, statement: TextClause) -> str:
 HOST = {"shards": [shard_of_host("h")], "hosts": ["h"]}
 HELD = {**HOST, "leases": [1], "owner": uuid4()}
 JOB = {"shards": [1], "ids": [uuid4()], "leases": [1], "attempts": [1]}
-COUNTED = ("queued", "running", "succeeded", "failed", "cancelled", "wire_bytes", "body_bytes")
+COUNTED = ("queued", "running", "succeeded", "failed", "cancelled", "http_200", "wire_bytes", "body_bytes")
 COUNTS = {name: [1] for name in COUNTED}
 
 

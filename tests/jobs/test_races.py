@@ -104,8 +104,10 @@ DIFFERENCES = """
     FULL JOIN tally USING (shard, batch_id, total, queued, running, succeeded, failed, cancelled)
     WHERE counted IS NULL OR tally IS NULL
     UNION ALL
-    SELECT batch_id, 'histogram' FROM outcomes FULL JOIN histogram USING (shard, batch_id, kind, key, n)
-    WHERE outcomes IS NULL OR histogram IS NULL
+    SELECT batch_id, 'histogram' FROM outcomes FULL JOIN (
+        SELECT shard, batch_id, kind, key, n FROM histogram
+        UNION ALL SELECT shard, batch_id, 'http_status', '200', http_200 FROM tally WHERE http_200 > 0
+    ) AS kept USING (shard, batch_id, kind, key, n) WHERE outcomes IS NULL OR kept IS NULL
     UNION ALL
     SELECT NULL, 'body' FROM (
         SELECT shard, body_sha256 AS sha256, count(*) AS n FROM job WHERE body_sha256 IS NOT NULL GROUP BY 1, 2
