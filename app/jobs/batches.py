@@ -108,20 +108,24 @@ async def find_cancelled(session: AsyncSession, ids: Collection[UUID]) -> set[UU
 
 # Mostly there is nothing to finish: batches that wait at many hosts are asked about with nearly every result. So it
 # first looks without locks, up to the first tally with work left (LIMIT: joined, it read all tallies of each batch).
-# Once nothing is left, nothing comes any more: what was found is not to be asked again under the lock.
+# Once nothing is left, nothing comes any more: what was found is not to be asked again under the lock. Found by key
+# (LATERAL), and whether it is finished asked of the locked row: named on `batch` itself, that led the planner to read
+# all unfinished batches there are, twice.
 FINISH = text(f"""
     WITH chosen AS MATERIALIZED (
         SELECT id FROM batch WHERE id = ANY(CAST(:ids AS uuid[])) AND finished_at IS NULL AND (
             SELECT true FROM tally WHERE tally.batch_id = batch.id AND tally.queued + tally.running > 0 LIMIT 1
         ) IS NULL
     ), locked AS MATERIALIZED (
-        SELECT batch.id FROM chosen JOIN batch ON batch.id = chosen.id
-        WHERE batch.finished_at IS NULL ORDER BY batch.id FOR UPDATE OF batch
+        SELECT chosen.id, batch.was_finished_at FROM (SELECT id FROM chosen ORDER BY id) AS chosen
+        CROSS JOIN LATERAL (
+            SELECT finished_at AS was_finished_at FROM batch WHERE batch.id = chosen.id FOR UPDATE
+        ) AS batch
     ), finished AS (
         UPDATE batch SET
             status = CASE WHEN cancel_requested_at IS NULL THEN 'completed' ELSE 'cancelled' END,
             started_at = coalesce(started_at, now()), finished_at = now()
-        FROM locked WHERE batch.id = locked.id AND batch.finished_at IS NULL
+        FROM locked WHERE batch.id = locked.id AND locked.was_finished_at IS NULL
         RETURNING batch.id
     )
     SELECT id, pg_notify('{FINISHED}', CAST(id AS text)) FROM finished

@@ -40,7 +40,7 @@ INSERT_ROWS_MAX = 10 * LISTED_MAX
 
 BATCHES_PER_TURN_MIN = 8
 BATCHES_PER_TURN_MAX = 100
-TURNS_PER_WIDE = 8
+TURNS_PER_WIDE = 16
 """A claim shares a host out among the oldest batches with jobs due, as many as it wants jobs but at least eight, and
 the newest. Once in so many times it takes as many at random of the first hundred, so that none of these waits for the
 others to end. It looks at no more, for each of them costs it what a job does."""
