@@ -75,7 +75,8 @@ def worker(of_a_service: Annotated[bool, typer.Option("--of-a-service", hidden=T
     finish; a second one does not.
     """
     setproctitle.setproctitle("fetchpool worker")
-    _run(main.work(_settings(), of_a_service=of_a_service), loop_factory=uvloop.new_event_loop)
+    # Not so the service: uvloop cannot start PostgreSQL under another user.
+    _run(main.work(_settings(), of_a_service=of_a_service), run=uvloop.run)
 
 
 @app.command()
@@ -97,12 +98,9 @@ def _settings(**given: Any) -> Settings:
     return settings
 
 
-def _run(
-    program: Coroutine[Any, Any, None], *, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
-) -> None:
+def _run(program: Coroutine[Any, Any, None], *, run: Callable[[Coroutine[Any, Any, None]], None] = asyncio.run) -> None:
     try:
-        with asyncio.Runner(loop_factory=loop_factory) as runner:
-            runner.run(program)
+        run(program)
     except (main.CannotRun, CannotListen, EmbeddedUnusable, DatabaseUnusable) as error:
         _end(str(error), EXIT_CANNOT_RUN)
     except (asyncio.CancelledError, KeyboardInterrupt):

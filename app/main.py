@@ -23,7 +23,6 @@ from contextlib import (
     suppress,
 )
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -32,7 +31,7 @@ from fastapi import FastAPI
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app import __version__
-from app.api.application import create_app, stop_waiting, wake_waiting
+from app.api.application import create_app, hear_finishes, stop_waiting
 from app.api.schemas import Bounds
 from app.fetch.limits import Limits
 from app.fetch.policy import Policy
@@ -40,7 +39,7 @@ from app.fetch.resolver import Resolver
 from app.fetch.transport import Transport
 from app.jobs import embedded
 from app.jobs.database import Sessions, make_autocommit, make_engine, make_sessions, migrate
-from app.jobs.hints import FINISHED, Listener
+from app.jobs.hints import Listener
 from app.jobs.silence import watching
 from app.jobs.workers import Identity
 from app.listening import bound_socket, check_exposure, let_in, own_addresses
@@ -122,8 +121,7 @@ async def migrate_database(settings: Settings) -> None:
 async def _serve_until_stopped(settings: Settings, listener: socket.socket) -> None:
     port: int = listener.getsockname()[1]
     engine = make_engine(_database_url(settings), pgbouncer=settings.pgbouncer, pool_size=API_CONNECTIONS)
-    finishes = Listener(FINISHED)
-    api = _make_api(settings, engine, port, finishes=finishes)
+    api = _make_api(settings, engine, port)
     server = _Server(_uvicorn_config(api))
     workers = _make_workers(settings, port)
     try:
@@ -133,7 +131,7 @@ async def _serve_until_stopped(settings: Settings, listener: socket.socket) -> N
                 running = group.create_task(workers.run())
                 beside = []
                 if not settings.pgbouncer:
-                    beside.append(group.create_task(finishes.hear(_database_url(settings), partial(wake_waiting, api))))
+                    beside.append(group.create_task(hear_finishes(api, _database_url(settings))))
                 _keep_loop_free()
                 _on_signal(lambda: _stop_as_told(settings, api, server, workers))
                 _greet(settings, port)
@@ -148,11 +146,10 @@ async def _serve_until_stopped(settings: Settings, listener: socket.socket) -> N
         raise CannotRun("The API could not start; the log says why.")
 
 
-def _make_api(settings: Settings, engine: AsyncEngine, port: int, *, finishes: Listener) -> FastAPI:
+def _make_api(settings: Settings, engine: AsyncEngine, port: int) -> FastAPI:
     return create_app(
         sessions=make_sessions(engine),
         autocommit=_make_autocommit(engine, settings),
-        finishes=finishes,
         policy=_make_policy(settings, port),
         version=__version__,
         host=settings.host,
@@ -380,7 +377,8 @@ async def _with_database(settings: Settings) -> AsyncIterator[Settings]:
     if settings.database_url is not None:
         yield settings
         return
-    connections_max = SPARE_CONNECTIONS + API_CONNECTIONS + 1 + settings.workers * (WORKER_CONNECTIONS + 1)
+    api_connections = API_CONNECTIONS + 1  # which hears hints, as one of each worker does
+    connections_max = SPARE_CONNECTIONS + api_connections + settings.workers * (WORKER_CONNECTIONS + 1)
     async with embedded.running(settings.data_dir, connections_max=connections_max) as url:
         yield settings.model_copy(update={"database_url": url, "pgbouncer": False})
 

@@ -112,7 +112,7 @@ class Settings(BaseSettings):
     )
     pgbouncer: bool = Field(
         default=False,
-        description="DATABASE_URL leads to PgBouncer in transaction mode.",
+        description="DATABASE_URL leads to PgBouncer in transaction mode; hints do not get through it.",
     )
 
     # The API

@@ -42,7 +42,9 @@ def _contenders(folder: Path, site: Site, counts: dict[str, int], *, in_flight: 
 
 def _report(samples: dict[str, list[Sample]], counts: dict[str, int], in_flight: int) -> Report:
     report = Report("fetch", f"The fetch alone, {in_flight} in flight to 49 hosts, 10 KiB pages")
-    report.notes.append("One process each, without a database: `app.fetch.http.fetch`, and aiohttp in the same loop.")
+    report.notes.append(
+        "One process each, without a database: `app.fetch.http.fetch` on uvloop, as in workers, and aiohttp on asyncio."
+    )
     rows = [["", "fetches", "aiohttp CPU ms", "Fetchpool CPU ms", "ratio", "aiohttp /s", "Fetchpool /s"]]
     for kind, (title, of_bare_max) in KINDS.items():
         bare, ours = samples[f"aiohttp {kind}"], samples[f"fetch {kind}"]

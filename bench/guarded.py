@@ -58,5 +58,4 @@ async def measure(question: dict[str, Any]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as a worker does
-        json.dump(runner.run(measure(json.load(sys.stdin))), sys.stdout)
+    json.dump(uvloop.run(measure(json.load(sys.stdin))), sys.stdout)  # as a worker does

@@ -38,7 +38,7 @@ MOVED_MIN = 40.0
 DEAD_MAX = 0.2
 JOB_KIB_MAX = 1.5
 SMALLEST = "smallest"
-TABLES = ("job", "host", "tally", "histogram", "body", "attempt")
+TABLES = ("job", "batch_jobs", "host", "tally", "histogram", "body", "body_shared", "attempt")
 
 
 @dataclass(frozen=True)

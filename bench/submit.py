@@ -117,7 +117,7 @@ async def _insert(service: Service, columns: dict[str, tuple[str, list[Any]]], c
 
 async def _empty(service: Service) -> None:
     database = await asyncpg.connect(service.database_url)
-    await database.execute("TRUNCATE batch, job, tally, host, bare")
+    await database.execute("TRUNCATE batch, job, batch_jobs, tally, host, bare")
     await database.close()
 
 

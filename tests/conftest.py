@@ -15,15 +15,17 @@ from app.jobs.database import Sessions, make_engine, make_sessions, migrate
 from tests.databases import ServerThread, drop, recreate, with_database
 
 NUMBERS = itertools.count(1)
-OF_WORKERS = ("fetch", "jobs", "worker")
-OF_THE_SERVICE = ("test_embedded.py", "test_processes.py")
-"""Folders of tests that run on the event loop of a worker, and files in them that run on the service's, asyncio's."""
+FOLDERS_ON_UVLOOP = ("fetch", "jobs", "worker")
+"""Of tests of what workers run."""
+FILES_ON_ASYNCIO = ("test_embedded.py", "test_processes.py")
+"""In them, of tests of what the service runs."""
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Give each test the event loop of the process that runs what it tests."""
-    is_of_workers = item.path.parent.name in OF_WORKERS and item.path.name not in OF_THE_SERVICE
-    return {"uvloop": uvloop.new_event_loop} if is_of_workers else {"asyncio": asyncio.new_event_loop}
+    if item.path.parent.name in FOLDERS_ON_UVLOOP and item.path.name not in FILES_ON_ASYNCIO:
+        return {"uvloop": uvloop.new_event_loop}
+    return {"asyncio": asyncio.new_event_loop}
 
 
 @pytest.fixture(scope="session")

@@ -82,6 +82,7 @@ async def _read_jobs(service: Service, site: web.Site, batch_id: str) -> None:
     first, second, third = await service.jobs(batch_id)
     assert (first["custom_id"], first["metadata"], first["status"]) == ("first", {"row": 1}, "succeeded")
     assert (second["status"], second["error"], second["http_status"]) == ("failed", "http_status", 404)
+    assert first["final_url"] == first["url"]
     assert third["final_url"] == site.url("/held/new")
     body = await service.call("GET", f"/v1/jobs/{first['id']}/body")
     assert body.content == b"/held/one"

@@ -14,14 +14,12 @@ from app.api.security import Gate, Outermost
 from app.api.waiting import Waits
 from app.fetch.policy import Policy
 from app.jobs.database import Sessions
-from app.jobs.hints import Listener
 
 
 def create_app(
     *,
     sessions: Sessions,
     autocommit: Sessions,
-    finishes: Listener,
     policy: Policy,
     version: str,
     host: str,
@@ -31,8 +29,7 @@ def create_app(
 ) -> FastAPI:
     """Make the ASGI application; `host` is the address it listens on; each statement of `autocommit` commits.
 
-    `finishes` hears that batches are finished, and is to call `wake_waiting`. Call `stop_waiting` when the server is
-    told to stop, or long polls hold it up.
+    Let `hear_finishes` run beside it. Call `stop_waiting` when the server is told to stop, or long polls hold it up.
     """
     app = FastAPI(
         title="Fetchpool",
@@ -46,7 +43,7 @@ def create_app(
         sessions=sessions,
         autocommit=autocommit,
         intake=Intake(policy=policy, bounds=bounds),
-        waits=Waits(finishes),
+        waits=Waits(),
         is_open=api_token is None,
     )
     for router in (batches.router, jobs.router, health.router, metrics.router):
@@ -60,10 +57,10 @@ def create_app(
     return app
 
 
-def wake_waiting(app: FastAPI, batch_id: str) -> None:
-    """Have the long polls for the end of a batch look whether it came; of an empty string, all of them."""
+async def hear_finishes(app: FastAPI, url: str) -> None:
+    """End long polls as soon as their batches are finished, for ever; without it they look now and then."""
     context: Context = app.state.context
-    context.waits.wake(batch_id)
+    await context.waits.hear(url)
 
 
 def stop_waiting(app: FastAPI) -> None:

@@ -6,6 +6,7 @@ look for the end of a batch; they are trusted with nothing else.
 
 import asyncio
 import re
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -15,7 +16,7 @@ from uuid import UUID
 from fastapi import Depends, Header
 from starlette.requests import Request
 
-from app.jobs.hints import Listener
+from app.jobs.hints import FINISHED, Listener
 
 WAIT_S_MAX = 60
 WAITERS_MAX = 200
@@ -32,20 +33,21 @@ T = TypeVar("T")
 
 
 class Waits:
-    """The waiting requests of one process; beyond `waiters_max` a request is answered at once.
+    """The waiting requests of one process; beyond `waiters_max` a request is answered at once."""
 
-    `listener` is who hears that batches are finished, and then calls `wake`.
-    """
-
-    def __init__(self, listener: Listener, *, waiters_max: int = WAITERS_MAX) -> None:
+    def __init__(self, *, waiters_max: int = WAITERS_MAX) -> None:
         self.waiters_max = waiters_max
         self.waiter_count = 0
-        self._listener = listener
+        self.listener = Listener(FINISHED)
         self._closing = asyncio.Event()
         self._hints: dict[str, list[asyncio.Event]] = {}
 
-    def wake(self, batch_id: str) -> None:
-        """Look now, in the waits for the end of this batch; of an empty one, in all of them."""
+    async def hear(self, url: str) -> None:
+        """Hear of finished batches, for ever, and look then; not through PgBouncer."""
+        await self.listener.hear(url, self._wake)
+
+    def _wake(self, batch_id: str) -> None:
+        """Have the waits for the end of this batch look now; with an empty string, all waits."""
         for hinted in self._hints.get(batch_id, ()) if batch_id else chain.from_iterable(self._hints.values()):
             hinted.set()
 
@@ -76,39 +78,27 @@ class Waits:
         ]
         try:
             with self._hinted(end_of) as hinted:  # before the first look, or the end might come between them
-                return await self._look_again(look, done, wait_s=wait_s, ends=ends, hinted=hinted)
+                seen = await look()
+                began = time.monotonic()
+                while not done(seen) and (left_s := began + wait_s - time.monotonic()) > 0:
+                    pause_s = self._pause_s(time.monotonic() - began, end_of)
+                    if await _ended(ends, hinted, within_s=min(pause_s, left_s)):
+                        break
+                    seen = await look()
+                return seen
         finally:
             self.waiter_count -= 1
             for end in ends:
                 end.cancel()
 
-    async def _look_again(
-        self,
-        look: Callable[[], Awaitable[T]],
-        done: Callable[[T], bool],
-        *,
-        wait_s: float,
-        ends: Sequence[asyncio.Task[object]],
-        hinted: asyncio.Event | None,
-    ) -> T:
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        seen = await look()
-        while not done(seen) and (left_s := began + wait_s - loop.time()) > 0:
-            pause_s = min(LOOK_S_MAX, LOOK_S_MIN + LOOK_SHARE * (loop.time() - began))
-            if hinted is not None and self._listener.is_hearing:
-                pause_s = HINTED_LOOK_S
-            if await _ended(ends, hinted, within_s=min(pause_s, left_s)):
-                break
-            seen = await look()
-        return seen
+    def _pause_s(self, waited_s: float, end_of: UUID | None) -> float:
+        if end_of is not None and self.listener.is_hearing:
+            return HINTED_LOOK_S
+        return min(LOOK_S_MAX, LOOK_S_MIN + LOOK_SHARE * waited_s)
 
     @contextmanager
-    def _hinted(self, batch_id: UUID | None) -> Iterator[asyncio.Event | None]:
+    def _hinted(self, batch_id: UUID | None) -> Iterator[asyncio.Event]:
         """Yield what is set at each hint that this batch is finished."""
-        if batch_id is None:
-            yield None
-            return
         key, hinted = str(batch_id), asyncio.Event()
         self._hints.setdefault(key, []).append(hinted)
         try:
@@ -145,16 +135,14 @@ def applied(wait_s: int | None) -> dict[str, str]:
     return {} if wait_s is None else {"Preference-Applied": f"wait={wait_s}"}
 
 
-async def _ended(ends: Sequence[asyncio.Task[object]], hinted: asyncio.Event | None, *, within_s: float) -> bool:
-    """Wait for a hint, at most `within_s`; say whether one of the `ends` came before it."""
-    hint = [] if hinted is None else [asyncio.create_task(hinted.wait())]
+async def _ended(ends: Sequence[asyncio.Task[object]], hinted: asyncio.Event, *, within_s: float) -> bool:
+    """Wait for a hint or an end, at most `within_s`; say whether an end came."""
+    hint = asyncio.create_task(hinted.wait())
     try:
-        await asyncio.wait([*ends, *hint], timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([*ends, hint], timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for task in hint:
-            task.cancel()
-    if hinted is not None:
-        hinted.clear()
+        hint.cancel()
+    hinted.clear()
     return any(end.done() for end in ends)
 
 

@@ -15,7 +15,9 @@ from app.fetch.limits import Failed, Limits
 from app.fetch.tls import explain
 from app.outcome import FailureCode
 
-READ_BYTES = 64 * 2**10
+READ_BYTES = 512 * 2**10
+"""More than an event loop decrypts at once, 256 KiB and what was left of a record: what does not fit waits for its next
+turn, and is forgotten should the end of the connection come first (asyncio's `SSLProtocol` and uvloop's)."""
 _READ_BUFFER = memoryview(bytearray(READ_BYTES))
 """One for all: the loop fills it and hands it over in the same step. Saves allocating 256 KiB for each read."""
 
@@ -29,13 +31,15 @@ class Connection(asyncio.BufferedProtocol):
         self._loop = loop
         self._waiter: asyncio.Future[None] | None = None
         self._silence: asyncio.TimerHandle | None = None
+        self._silence_at = 0.0
         self._failure: Failed | None = None
         self._exchange: Exchange | None = None
         self._read_timeout_s = 0.0
         self._heard_at = 0.0
         self._unsent_bytes = 0
         self._early = b""
-        """What the server said before it was asked anything: uvloop reads as soon as the connection stands."""
+        """What the server said before it was asked anything: uvloop reads as soon as the connection stands. It counts
+        as the first answer, and spoils the connection: which request a later answer is for could not be told."""
         self.closed = True  # until it is made
         self.secure: ssl.SSLObject | None = None
         """The TLS of it, until its session is kept."""
@@ -87,6 +91,7 @@ class Connection(asyncio.BufferedProtocol):
             and exchange is not None
             and exchange.complete
             and not exchange.extra
+            and not self._early
             and exchange.head is not None
             and exchange.head.keep_alive
             and not self._transport.get_write_buffer_size()
@@ -138,7 +143,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         exchange = self._exchange
-        if exchange is None:
+        if exchange is None:  # too early: kept for the first one
             self._early += bytes(_READ_BUFFER[:nbytes])
             self._transport.pause_reading()
         elif exchange.complete:  # nobody asked: the next answer must not start with these
@@ -177,20 +182,22 @@ class Connection(asyncio.BufferedProtocol):
         """Judge the end of the connection by what the exchange had got."""
         self.abort()
         exchange = self._exchange
-        if self._failure is None and error is not None and (exchange is None or not exchange.complete):
-            self._failure = _explain_break(error, exchange)
-        elif self._failure is None and exchange is not None and not exchange.complete:
-            self._failure = exchange.end()
-            exchange.completed_at = time.monotonic() if exchange.complete else None
+        if self._failure is None and not (exchange is not None and exchange.complete):
+            if error is not None:
+                self._failure = _explain_break(error, exchange)
+            elif exchange is not None:
+                self._failure = exchange.end()
+                exchange.completed_at = time.monotonic() if exchange.complete else None
         self._wake()
 
     def _watch_silence(self) -> None:
         """Keep one timer for as long as the connection lives: one for each exchange would cost a heap entry each."""
         due_at = self._heard_at + self._read_timeout_s
         if self._silence is not None:
-            if self._silence.when() <= due_at:
+            if self._silence_at <= due_at:
                 return
             self._silence.cancel()
+        self._silence_at = due_at
         self._silence = self._loop.call_at(due_at, self._judge_silence)
 
     def _judge_silence(self) -> None:

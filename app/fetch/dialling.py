@@ -5,6 +5,7 @@
 
 import asyncio
 import errno
+import os
 import socket
 import ssl
 import time
@@ -22,7 +23,7 @@ from app.outcome import FailureCode
 DIALS_MAX = 4
 
 HANDSHAKE_S = 86_400.0
-"""asyncio's own limit on a handshake, put out of the way of `connect_timeout_s`."""
+"""The event loop's own limit on a handshake, put out of the way of `connect_timeout_s`."""
 
 
 async def connect(
@@ -76,7 +77,7 @@ async def _connect_socket(address: str, port: int) -> socket.socket:
     try:
         connecting.setblocking(False)
         connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        await asyncio.get_running_loop().sock_connect(connecting, (address, port))
+        await _await_connection(connecting, address, port)
         check_peer(connecting.getpeername()[0], address)
     except TimeoutError:
         connecting.close()
@@ -88,6 +89,27 @@ async def _connect_socket(address: str, port: int) -> socket.socket:
         connecting.close()
         raise
     return connecting
+
+
+async def _await_connection(connecting: socket.socket, address: str, port: int) -> None:
+    """Connect a non-blocking socket. Not by `loop.sock_connect`: uvloop's looks addresses up in threads."""
+    code = connecting.connect_ex((address, port))
+    if code == errno.EINPROGRESS:
+        loop = asyncio.get_running_loop()
+        writable = loop.create_future()
+        loop.add_writer(connecting, _note, writable)
+        try:
+            await writable
+        finally:
+            loop.remove_writer(connecting)
+        code = connecting.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise OSError(code, os.strerror(code))
+
+
+def _note(event: asyncio.Future[None]) -> None:
+    if not event.done():
+        event.set_result(None)
 
 
 def _open_socket(family: socket.AddressFamily) -> socket.socket:
@@ -117,7 +139,7 @@ async def _adopt(connected: socket.socket, target: Target, *, context: Context) 
     except OSError as error:
         raise _explain_handshake(error) from error
     except BaseException:
-        connection.abort()  # asyncio would first wait for the server's farewell
+        connection.abort()  # the loop would first wait for the server's farewell
         connected.close()
         raise
     connection.secure = transport.get_extra_info("ssl_object")
@@ -136,7 +158,7 @@ def _explain_connect(error: OSError) -> Failed:
 
 
 def _explain_handshake(error: OSError) -> Failed:
-    if error.errno is None:  # asyncio's own, for a peer that closed without a word
+    if error.errno is None:  # the loop's own, for a peer that closed without a word
         return Failed(FailureCode.TLS_HANDSHAKE_FAILED, "The server closed the connection in the TLS handshake.")
     return Failed(FailureCode.CONNECTION_RESET, "The connection was reset in the TLS handshake.")
 

@@ -26,7 +26,7 @@ VERIFY_CODES = {
 class Context(ssl.SSLContext):
     """The context that all connections share. Resumes the session a server gave lately, which saves both a half.
 
-    asyncio hands no session on, so it is put in where asyncio asks for the connection. A session is kept under the
+    No event loop hands a session on, so it is put in where one asks for the connection. A session is kept under the
     name its certificate was verified for, and for a short while only: resuming one verifies nothing anew.
     """
 
@@ -47,7 +47,7 @@ class Context(ssl.SSLContext):
         """Forget it, as after a handshake that failed; say whether there was one."""
         return self._sessions.pop(hostname, None) is not None
 
-    def wrap_bio(  # type: ignore[override]  # asyncio gives what this takes
+    def wrap_bio(  # type: ignore[override]  # event loops give what this takes
         self,
         incoming: ssl.MemoryBIO,
         outgoing: ssl.MemoryBIO,

@@ -1,7 +1,7 @@
 """What is known of a fetch while it runs, and the evidence made of it; it reads no clock and steers nothing.
 
-Its times are those of `time.monotonic`, which is asyncio's clock: up to Python 3.11, to ask which loop is running, for
-its time, is a system call (getpid).
+Its times are those of `time.monotonic`, which the event loop's follows: up to Python 3.11, to ask which loop is
+running, for its time, is a system call (getpid).
 """
 
 from dataclasses import dataclass, field

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.jobs.hints import FINISHED
-from app.jobs.listing import IN_ORDER, LISTED_MAX, listed
+from app.jobs.listing import IN_ORDER, LISTED_MAX, list_keys
 
 IDEMPOTENCY_KEPT_S = 24 * 3600
 ERASE_BYTES_MAX = 64 * 2**20
@@ -186,11 +186,14 @@ async def list_deleted(session: AsyncSession, *, limit: int) -> list[UUID]:
     return [row.id for row in await session.execute(DELETED, {"limit": limit})]
 
 
+# With a generic plan the planner takes the limit for a tenth of the batch, and may read all jobs there are.
+PLAN_FOR_VALUES = text("SELECT set_config('plan_cache_mode', 'force_custom_plan', true)")
+
 # The size of a body is on its row, wherever its content is.
 ERASE_JOBS = text(f"""
     WITH first AS MATERIALIZED (
         SELECT job.shard, job.id, job.body_sha256, job.position
-        FROM ({listed(":batch_id", since="0")}) AS listed
+        FROM ({list_keys()}) AS listed
         CROSS JOIN LATERAL (
             SELECT * FROM job WHERE job.shard = listed.shard AND job.id = listed.id OFFSET 0
         ) AS job
@@ -217,13 +220,9 @@ ERASE_JOBS = text(f"""
     SELECT shard, body_sha256, position FROM erased
 """)
 
-# Of rows whose jobs are all erased, lest each round read them again.
+# Jobs are erased in the order of the list, so rows that end before the last one erased are done with.
 UNLIST = text(f"""
-    DELETE FROM batch_jobs
-    WHERE batch_id = :batch_id AND first_position <= :erased_position - {LISTED_MAX - 1} AND NOT EXISTS (
-        SELECT 1 FROM unnest(shards, ids) AS key(shard, id)
-        CROSS JOIN LATERAL (SELECT FROM job WHERE job.shard = key.shard AND job.id = key.id OFFSET 0) AS job
-    )
+    DELETE FROM batch_jobs WHERE batch_id = :batch_id AND first_position <= :erased_position - {LISTED_MAX - 1}
 """)
 
 # In a statement of its own before the deletion: whoever was storing the same bytes has then committed, and the next
@@ -253,7 +252,7 @@ ERASE_BODIES = text("""
 """)
 
 HAS_JOBS = text(f"""
-    SELECT true FROM ({listed(":batch_id", since="0")}) AS listed
+    SELECT true FROM ({list_keys()}) AS listed
     CROSS JOIN LATERAL (SELECT FROM job WHERE job.shard = listed.shard AND job.id = listed.id OFFSET 0) AS job
     LIMIT 1
 """)
@@ -274,6 +273,7 @@ async def erase(session: AsyncSession, batch_id: UUID, *, limit: int, bytes_max:
     When none was left, the batch itself is erased. Of two that do this at once, one finds nothing of what it looked
     for, though there may be more: it leaves the rest to the other, or to the next round.
     """
+    await session.execute(PLAN_FOR_VALUES)
     rows = (await session.execute(ERASE_JOBS, {"batch_id": batch_id, "limit": limit, "bytes_max": bytes_max})).all()
     if not rows:
         if not await session.scalar(HAS_JOBS, {"batch_id": batch_id}):
@@ -284,8 +284,7 @@ async def erase(session: AsyncSession, batch_id: UUID, *, limit: int, bytes_max:
         keys = {"shards": [shard for shard, _ in counts], "sha256s": [sha256 for _, sha256 in counts]}
         await session.execute(LOCK_BODIES, keys)
         await session.execute(ERASE_BODIES, keys | {"counts": list(counts.values())})
-    erased_position = max(row.position for row in rows)
-    await session.execute(UNLIST, {"batch_id": batch_id, "erased_position": erased_position, "listed_max": LISTED_MAX})
+    await session.execute(UNLIST, {"batch_id": batch_id, "erased_position": max(row.position for row in rows)})
     return len(rows)
 
 

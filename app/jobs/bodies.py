@@ -1,6 +1,6 @@
 """Bodies, each stored once in a shard: compressed where that saves room, so that PostgreSQL need not try.
 
-Knows no jobs; `batches` erases the bodies that none wants any more.
+Of jobs it knows only how many share a body; `batches` erases the bodies that none wants any more.
 """
 
 import struct
@@ -39,8 +39,8 @@ COPY_START = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 COPY_END = b"\xff\xff"
 """Of COPY's binary format: a signature, no flags and no extension; and a row of -1 fields."""
 COPY_BYTES = 64 * 2**10
-"""Written at once: a socket takes that whole. Of more, asyncio keeps copies: 1.5 MB in one piece cost three times as
-much."""
+"""Written at once: a socket takes that whole. Of more, event loops keep copies: 1.5 MB in one piece cost three times as
+much (asyncio)."""
 _ROW_START = struct.Struct("!hihi32si")
 _LENGTH = struct.Struct("!i")
 
@@ -98,13 +98,13 @@ SHARE = text("""
 
 
 async def store(
-    session: AsyncSession, packed: Mapping[Key, Packed], *, seen: Collection[Key], jobs: Mapping[Key, int]
+    session: AsyncSession, packed: Mapping[Key, Packed], *, seen: Collection[Key], counts: Counter[Key]
 ) -> None:
     """Store bodies in the caller's transaction, but for those of the `seen` that are still there.
 
-    `jobs` says how many jobs each is for; the first of all that have a body is not counted. Nobody erases any of them
-    before the transaction's end. By COPY, at half the cost of an INSERT; it knows no ON CONFLICT, so that the rare
-    conflict undoes it, by a savepoint.
+    `counts` says how many jobs bring each; those beyond a body's first are counted in `body_shared`. Nobody erases any
+    of them before the transaction's end. By COPY, at half the cost of an INSERT; it knows no ON CONFLICT, so that the
+    rare conflict undoes it, by a savepoint.
     """
     if not packed:
         return
@@ -117,7 +117,7 @@ async def store(
     except asyncpg.UniqueViolationError:  # another worker has just stored the same bytes
         # all of them: those that were kept are free again, and are locked in key order
         new = await _insert(session, packed)
-    await _share(session, Counter(jobs) - Counter(new))
+    await _share(session, counts - Counter(new))
 
 
 async def _keep(session: AsyncSession, keys: Collection[Key]) -> set[Key]:

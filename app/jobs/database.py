@@ -116,7 +116,7 @@ def make_engine(url: str, *, pgbouncer: bool = False, pool_size: int = 5, generi
         ASYNCPG,
         pool_size=pool_size,
         max_overflow=0,
-        pool_use_lifo=True,  # few connections at work have their plans, and pages of shared memory, more often ready
+        pool_use_lifo=True,  # the same few connections work: they have their plans, and shared memory mapped
         pool_timeout=POOL_TIMEOUT_S,
         hide_parameters=True,  # they hold what clients sent, secrets among it
         connect_args=arguments,

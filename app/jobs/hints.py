@@ -14,7 +14,7 @@ from app.jobs.database import DATABASE_ERRORS, connect
 
 WORK = "fetchpool_jobs"
 FINISHED = "fetchpool_finished"
-"""Channels; what is said on the latter is the id of a batch, by `batches.finish`."""
+"""Channels; on the latter `batches.finish` says the id of the batch."""
 LISTEN_AGAIN_S = 5.0
 ASK_S = 10.0
 
@@ -38,24 +38,24 @@ class Listener:
         has no LISTEN.
         """
 
-        def wake_all(*hint: object) -> None:
+        def wake_all(hint: str) -> None:
             for wake in wakes:
-                wake(str(hint[-1]) if hint else "")
+                wake(hint)
 
         while True:
             with suppress(*DATABASE_ERRORS):
                 await self._hear_until_lost(url, wake_all)
             await asyncio.sleep(LISTEN_AGAIN_S)
 
-    async def _hear_until_lost(self, url: str, wake_all: Callable[..., None]) -> None:
+    async def _hear_until_lost(self, url: str, wake_all: Callable[[str], None]) -> None:
         """Ask now and then whether the connection lives: one that died silently would just never hint again."""
         connection = await connect(url)
         closed = asyncio.Event()
         connection.add_termination_listener(lambda _: closed.set())
         try:
-            await connection.add_listener(self._channel, wake_all)
+            await connection.add_listener(self._channel, lambda _connection, _pid, _channel, hint: wake_all(hint))
             self.is_hearing = True
-            wake_all()
+            wake_all("")
             while True:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(ASK_S):
@@ -63,5 +63,5 @@ class Listener:
                 await connection.execute("SELECT 1")
         finally:
             self.is_hearing = False
-            wake_all()
+            wake_all("")
             connection.terminate()

@@ -1,7 +1,7 @@
 """The jobs of a batch in the order the client gave: keys, written once with the batch, a hundred a row.
 
-Instead of an index on the jobs, to which each change of a job would add an entry: that was a tenth of the CPU that
-PostgreSQL took for a job. Reads and writes no job itself.
+Instead of an index on the jobs, to which each change of a job would add an entry (docs/decisions/0011). Reads and
+writes no job itself.
 """
 
 LISTED_MAX = 100
@@ -20,16 +20,17 @@ IN_ORDER = "listed.first_position, listed.number"
 """The order of the client, of a subquery named `listed`, which has it already: positions would have to be sorted."""
 
 
-def listed(batch_id: str, *, since: str, before: str = "2147483647") -> str:
-    """Return SQL of the keys of a batch's jobs, from about the position `since` to `before`, with their `IN_ORDER`.
+def list_keys(*, since: str = "0", before: str | None = None) -> str:
+    """Return SQL of the keys of the jobs of `:batch_id`, from about the position `since` to `before`, with `IN_ORDER`.
 
     The arguments are SQL. Rows are given whole, so up to `LISTED_MAX` jobs more on either side: the jobs themselves
-    have their positions. Some of them may be erased.
+    have their positions. Some of them may be erased. Look the jobs up one by one, LATERAL and with OFFSET 0: without
+    it the planner makes a join of that, and may read all jobs there are.
     """
+    until = "" if before is None else f"AND batch_jobs.first_position < {before}"
     return f"""
         SELECT key.shard, key.id, batch_jobs.first_position, key.number
         FROM batch_jobs CROSS JOIN LATERAL unnest(shards, ids) WITH ORDINALITY AS key(shard, id, number)
-        WHERE batch_jobs.batch_id = {batch_id}
-            AND batch_jobs.first_position > {since} - {LISTED_MAX} AND batch_jobs.first_position < {before}
+        WHERE batch_jobs.batch_id = :batch_id AND batch_jobs.first_position > {since} - {LISTED_MAX} {until}
         ORDER BY batch_jobs.first_position, key.number
     """

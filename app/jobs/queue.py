@@ -1,8 +1,8 @@
 """Every change of a job's status, and the host leases under which jobs run: one guarded statement each.
 
 Functions take a session and never commit; the caller's `async with sessions.begin()` is the transaction. Locks are
-taken in one order everywhere (host, job, attempt, body, tally, histogram, batch) and in key order within each, so that
-they cannot deadlock. Decides nothing about retries: it stores what the worker decided.
+taken in one order everywhere (host, job, attempt, body, body_shared, tally, histogram, batch) and in key order within
+each, so that they cannot deadlock. Decides nothing about retries: it stores what the worker decided.
 """
 
 from collections import Counter, defaultdict
@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.jobs import bodies, leases, tallies
 from app.jobs.ids import new_job_ids, shard_of_hash
 from app.jobs.leases import OLDEST_UNFINISHED, WAITING_BATCHES
-from app.jobs.listing import LIST, LISTED_MAX, listed
+from app.jobs.listing import LIST, LISTED_MAX, list_keys
 from app.jobs.tallies import Change, HistogramKey
 from app.jobs.values import (
     CRASHES_OF_SUSPECT,
@@ -36,7 +36,7 @@ from app.jobs.values import (
 from app.outcome import SAFE_METHODS
 
 INSERT_ROWS_MAX = 10 * LISTED_MAX
-"""Rows of one INSERT: enough to be fast, few enough not to hold an event loop for long."""
+"""Rows of one INSERT: enough to be fast, few enough not to hold an event loop for long; whole rows of the list."""
 
 BATCHES_PER_TURN_MIN = 8
 BATCHES_PER_TURN_MAX = 100
@@ -60,7 +60,7 @@ INSERT_BATCH = text("""
 # `unnest` fills up shorter columns with NULLs: one that is empty costs nothing (0.2 s of 100,000 rows).
 # A host's jobs are put down together, for they are claimed together: a claim then reads half as many pages.
 INSERT_JOBS = text(f"""
-    WITH listed AS ({LIST})
+    WITH list AS ({LIST})
     INSERT INTO job (shard, id, batch_id, position, host, url, request, custom_id, metadata, repeatable, status, run_at)
     SELECT j.shard, j.id, CAST(:batch_id AS uuid), CAST(:start AS int) + j.number - 1, j.host, j.url,
         CAST(j.request AS jsonb), j.custom_id, CAST(j.metadata AS jsonb), j.repeatable, 'queued',
@@ -320,10 +320,10 @@ def _in_order(rows: Sequence[Sequence[Any]]) -> list[ClaimedJob]:
     return [ClaimedJob(*row[:-1]) for row in sorted(rows, key=itemgetter(-1))]  # the last is `run_at`
 
 
-# Each row is found by its key, in the order given, which is that of the keys (LATERAL; sorting such wide rows here took
-# as long as finding them): joined, tables of some 10,000 jobs were read whole for every few hundred results. The status
-# it leaves is that of the locked row: named on `job` itself, it would lead the planner to `job_running`, which is by
-# host, instead of to the key.
+# Each row is found by its key, in the order given, which is that of the keys (LATERAL). ORDER BY number sorts nothing,
+# for a function's rows are known to come in it; sorting such wide rows by key here took as long as finding them.
+# Joined, tables of some 10,000 jobs were read whole for every few hundred results. The status it leaves is that of the
+# locked row: named on `job` itself, it would lead the planner to `job_running`, which is by host, not to the key.
 RECORD_JOBS = text("""
     WITH locked AS MATERIALIZED (
         SELECT result.*, job.left_status
@@ -374,13 +374,13 @@ async def record(session: AsyncSession, results: Sequence[Result]) -> Recorded:
 
     A result that this caller stored before (its commit was not confirmed) counts as stored.
     """
-    results = sorted(results, key=_key)  # the order in which jobs are locked
+    results = sorted(results, key=_job_key)  # the order in which jobs are locked
     numbers = (await session.execute(RECORD_JOBS, _result_arrays(results))).one()
     stored = [results[number - 1] for number in numbers.recorded]
     wanted = _bodies(stored)
     seen = wanted.keys() & {_body_key(results[number - 1]) for number in numbers.bodies_seen}
     await bodies.store(
-        session, wanted, seen=seen, jobs=Counter(_body_key(result) for result in stored if result.body is not None)
+        session, wanted, seen=seen, counts=Counter(_body_key(result) for result in stored if result.body is not None)
     )
     changes: dict[tallies.Key, Change] = defaultdict(Change)
     for result in stored:
@@ -392,7 +392,7 @@ async def record(session: AsyncSession, results: Sequence[Result]) -> Recorded:
     return Recorded(maybe_finished=maybe_finished, dropped=dropped)
 
 
-def _key(result: Result) -> tuple[int, UUID]:
+def _job_key(result: Result) -> tuple[int, UUID]:
     return result.job.shard, result.job.id
 
 
@@ -601,9 +601,9 @@ async def _count(session: AsyncSession, rescued: Sequence[Row[Any]], *, taken: S
 CANCEL_QUEUED = text(f"""
     WITH part AS MATERIALIZED (
         SELECT listed.shard, listed.id, job.status
-        FROM ({listed(":batch_id", since=":start", before=":stop")}) AS listed
+        FROM ({list_keys(since=":start", before=":stop")}) AS listed
         CROSS JOIN LATERAL (
-            SELECT status, position FROM job WHERE job.shard = listed.shard AND job.id = listed.id
+            SELECT status, position FROM job WHERE job.shard = listed.shard AND job.id = listed.id OFFSET 0
         ) AS job
         WHERE job.position >= :start AND job.position < :stop
     ), locked AS MATERIALIZED (

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.jobs import bodies
 from app.jobs.ids import shard_of_job
-from app.jobs.listing import IN_ORDER, listed
+from app.jobs.listing import IN_ORDER, list_keys
 
 CONTENT_TYPE_CHARS_MAX = 255
 """A stranger wrote it; the response's headers show all of it."""
@@ -86,7 +86,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One try of a job; `evidence` has the fields of `outcome.Evidence`."""
+    """One try of a job; `evidence` has those fields of `outcome.Evidence` that are known and not empty."""
 
     number: int
     error: str | None
@@ -210,7 +210,7 @@ JOB_COLUMNS = """
 
 # Job by job (LATERAL), in the order of the list, so that it stops at the last one wanted; so the batch comes last.
 MANY_JOBS = text(f"""
-    SELECT {JOB_COLUMNS} FROM ({listed(":batch_id", since=":after")}) AS listed
+    SELECT {JOB_COLUMNS} FROM ({list_keys(since=":after")}) AS listed
     CROSS JOIN LATERAL (
         SELECT * FROM job WHERE job.shard = listed.shard AND job.id = listed.id AND job.position > :after
             AND (CAST(:status AS text) IS NULL OR job.status = :status)
@@ -288,7 +288,7 @@ def _job_fields(row: Row[Any]) -> dict[str, Any]:
         "error": row.error,
         "error_detail": row.error_detail,
         "http_status": row.http_status,
-        # stored only where redirects, or how a URL is written, made it another one
+        # stored only where it is not the job's own
         "final_url": evidence.get("final_url", row.url if row.http_status is not None else None),
         "body_sha256": row.body_sha256.hex() if row.body_sha256 is not None else None,
         "body_bytes": evidence.get("body_bytes") if is_finished else None,

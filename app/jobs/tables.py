@@ -246,6 +246,7 @@ histogram = Table(
     Column("key", Text, nullable=False),
     Column("n", BigInteger, nullable=False),
     PrimaryKeyConstraint("shard", "batch_id", "kind", "key"),
+    # of HTTP statuses all but 200, which tally.http_200 counts
     CheckConstraint("kind IN ('error', 'http_status')", name="kind_known"),
     # reads.get_batch
     Index("histogram_batch", "batch_id"),

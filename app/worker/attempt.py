@@ -109,9 +109,9 @@ def _assemble(job: ClaimedJob, outcome: Outcome, verdict: retry.Verdict, *, cont
 
 
 def _evidence_json(job: ClaimedJob, outcome: Outcome) -> str:
-    """JSON that PostgreSQL takes: without what is not known or is empty, and without the NUL it refuses."""
+    """JSON that PostgreSQL takes: without what is not known, is empty or the job's own, and the NUL it refuses."""
     seen = structs.asdict(outcome.evidence)
-    stored: dict[str, Any] = {name: value for name, value in seen.items() if value is not None and value != ()}
+    stored: dict[str, Any] = {name: value for name, value in seen.items() if value not in (None, ())}
     if isinstance(outcome, Response):
         stored["headers"] = outcome.headers
         if outcome.flags:

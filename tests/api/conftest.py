@@ -15,7 +15,6 @@ from app.api.application import create_app, stop_waiting
 from app.api.schemas import Bounds
 from app.fetch.policy import Policy
 from app.jobs.database import Sessions
-from app.jobs.hints import FINISHED, Listener
 from tests.jobs.actors import Client as Reader
 from tests.jobs.actors import Worker
 
@@ -46,9 +45,8 @@ AppMaker = Callable[..., FastAPI]
 @pytest.fixture
 def make_app(sessions: Sessions) -> AppMaker:
     """Make the application, with other settings than the usual ones."""
-    own = {"sessions": sessions, "finishes": Listener(FINISHED)}
     return lambda **settings: create_app(
-        **{**DEFAULTS, **own, "autocommit": settings.get("sessions", sessions), **settings}
+        **{**DEFAULTS, "sessions": sessions, "autocommit": settings.get("sessions", sessions), **settings}
     )
 
 

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from functools import partial
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from uuid import UUID
 
 import httpx2
@@ -11,12 +12,11 @@ from fastapi import FastAPI
 from sqlalchemy import make_url, text
 
 from app.api import waiting
-from app.api.application import stop_waiting, wake_waiting
+from app.api.application import hear_finishes, stop_waiting
 from app.api.context import Context
 from app.api.waiting import Waits
 from app.jobs import database
 from app.jobs.database import make_engine, make_sessions
-from app.jobs.hints import FINISHED, Listener
 from tests.api.conftest import AppMaker, calling, served
 from tests.databases import connect
 from tests.jobs.actors import Client as Reader
@@ -64,17 +64,30 @@ async def test_a_wait_ends_with_the_batch(
     assert response.headers["Preference-Applied"] == "wait=30"
 
 
+@asynccontextmanager
+async def hearing(app: FastAPI, url: str) -> AsyncIterator[None]:
+    """Let the application hear hints meanwhile."""
+    ear = asyncio.create_task(hear_finishes(app, url))
+    await until(lambda: waits_of(app).listener.is_hearing)
+    try:
+        yield
+    finally:
+        ear.cancel()
+        await asyncio.gather(ear, return_exceptions=True)
+
+
 async def test_a_hint_ends_a_wait_for_the_end(
-    make_app: AppMaker, reader: Reader, worker: Worker, database_url: str, monkeypatch: pytest.MonkeyPatch
+    app: FastAPI,
+    api: httpx2.AsyncClient,
+    reader: Reader,
+    worker: Worker,
+    database_url: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Heard, it spares the looks: here the next one would come after an hour."""
     monkeypatch.setattr(waiting, "HINTED_LOOK_S", 3600.0)
-    listener = Listener(FINISHED)
-    app = make_app(finishes=listener)
-    hearing = asyncio.create_task(listener.hear(database_url, partial(wake_waiting, app)))
-    await until(lambda: listener.is_hearing)
     batch_id, other_id = await reader.submit("h.example"), await reader.submit("other.example")
-    async with calling(app) as api:
+    async with hearing(app, database_url):
         asking = [
             asyncio.create_task(api.get(f"/v1/batches/{each}", headers={"Prefer": "wait=60"}))
             for each in (batch_id, batch_id, other_id)
@@ -90,27 +103,24 @@ async def test_a_hint_ends_a_wait_for_the_end(
         assert not asking[2].done()
         stop_waiting(app)
         assert (await asking[2]).json()["status"] == "queued"
-    hearing.cancel()
-    await asyncio.gather(hearing, return_exceptions=True)
 
 
 async def test_a_wait_looks_by_itself_once_hints_are_no_longer_heard(
-    make_app: AppMaker, reader: Reader, worker: Worker, database_url: str, monkeypatch: pytest.MonkeyPatch
+    app: FastAPI,
+    api: httpx2.AsyncClient,
+    reader: Reader,
+    worker: Worker,
+    database_url: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(waiting, "HINTED_LOOK_S", 3600.0)
-    listener = Listener(FINISHED)
-    app = make_app(finishes=listener)
-    hearing = asyncio.create_task(listener.hear(database_url, partial(wake_waiting, app)))
-    await until(lambda: listener.is_hearing)
     batch_id = await reader.submit("h.example")
-    async with calling(app) as api:
+    async with hearing(app, database_url):
         asking = asyncio.create_task(api.get(f"/v1/batches/{batch_id}", headers={"Prefer": "wait=60"}))
         await until_waiting(app)
-        hearing.cancel()
-        await asyncio.gather(hearing, return_exceptions=True)
-        await run(worker, reader, batch_id)
-        async with asyncio.timeout(10):
-            assert (await asking).json()["status"] == "completed"
+    await run(worker, reader, batch_id)
+    async with asyncio.timeout(10):
+        assert (await asking).json()["status"] == "completed"
 
 
 async def test_with_an_etag_a_wait_ends_with_any_change(app: FastAPI, api: httpx2.AsyncClient, reader: Reader) -> None:

@@ -2,7 +2,11 @@
 
 import asyncio
 import inspect
+import socket
 import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -56,6 +60,39 @@ async def test_a_secure_connection_is_used_again(tmp_path: Path, authority: Auth
             assert isinstance(response, Response)
     assert server.visits == 1
     assert (response.evidence.tls_version, response.evidence.tls_ms) == ("TLSv1.3", None)
+
+
+@contextmanager
+def closing_without_farewell(context: ssl.SSLContext, answer: bytes, *, times: int) -> Iterator[int]:
+    """A server that answers so many connections, each then closed by a bare FIN; yields its port."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer_all() -> None:
+            for _ in range(times):
+                accepted, _ = listening.accept()
+                with context.wrap_socket(accepted, server_side=True) as secure:
+                    secure.recv(2**16)
+                    secure.sendall(answer)
+
+        thread = threading.Thread(target=answer_all, daemon=True)
+        thread.start()
+        yield listening.getsockname()[1]
+        thread.join(30)
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 700000\r\n", b""], ids=["length", "until close"])
+async def test_a_large_body_comes_whole_though_the_connection_ends_at_once(
+    tmp_path: Path, authority: Authority, framing: bytes
+) -> None:
+    """The end may be noticed while an event loop still has some of what it decrypted."""
+    context, body = authority.serving("good.example"), bytes(range(250)) * 2800
+    answer = b"HTTP/1.1 200 OK\r\nConnection: close\r\n" + framing + b"\r\n" + body
+    async with transport_to(NAMES, folder=tmp_path, ca_file=authority.file) as transport:
+        with closing_without_farewell(context, answer, times=20) as port:
+            for _ in range(20):
+                response = await fetch(asking(f"https://good.example:{port}/"), transport=transport)
+                assert isinstance(response, Response)
+                assert response.body == body
 
 
 async def test_an_expired_certificate_is_told(tmp_path: Path, authority: Authority) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from app.fetch.dialling import connect
 from app.fetch.exchange import Exchange
 from app.fetch.http import FetchRequest, fetch
 from app.fetch.policy import check_url
@@ -303,6 +304,32 @@ async def test_a_request_that_is_read_slowly_does_not_time_out() -> None:
         response = ok(await fetch(request, transport=transport))
     assert response.evidence.first_byte_ms is not None
     assert response.evidence.first_byte_ms > 300
+
+
+async def test_what_a_server_says_too_early_answers_the_first_request_and_spoils_the_connection() -> None:
+    """It comes before anything was asked, as on uvloop when the connection's maker has its turn late."""
+
+    async def script(visit: Visit) -> None:
+        visit.send(page(b"early"))
+        await visit.hang()
+
+    async with talking(script) as (server, transport):
+        target = check_url(server.url(), LOOPBACK)
+        connection = await connect(
+            target,
+            limits=LIMITS,
+            trace=Trace(asyncio.get_running_loop().time()),
+            policy=LOOPBACK,
+            resolver=transport.resolver,
+            context=transport._context,
+        )
+        await until(lambda: connection._early)
+        request = f"GET / HTTP/1.1\r\nHost: {target.host}\r\n\r\n".encode()
+        exchange = connection.start(request, method="GET", limits=LIMITS)
+        await connection.head(exchange)
+        assert await connection.body(exchange) == b"early"
+        assert not connection.reusable
+        connection.abort()
 
 
 async def test_an_answer_before_the_request_was_read_spoils_the_connection() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
@@ -38,7 +39,7 @@ async def storing(
     """A transaction that has stored them, after another statement, as results are."""
     async with sessions.begin() as session:
         await ping(session)
-        await bodies.store(session, wanted, seen=list(seen), jobs=dict.fromkeys(wanted, 1))
+        await bodies.store(session, wanted, seen=list(seen), counts=Counter(wanted.keys()))
         yield session
 
 
@@ -53,6 +54,12 @@ async def stored(sessions: Sessions) -> dict[bodies.Key, bodies.Packed]:
     async with sessions.begin() as session:
         rows = await session.execute(STORED)
         return {(row.shard, row.sha256): (row.content, row.encoding) for row in rows}
+
+
+async def shared(sessions: Sessions) -> dict[bodies.Key, int]:
+    """How many jobs have a body beside the first, where any do."""
+    async with sessions.begin() as session:
+        return {(row.shard, row.sha256): row.more for row in await session.execute(SHARED)}
 
 
 async def waiting(sessions: Sessions) -> list[int]:
@@ -91,12 +98,6 @@ async def test_bodies_of_every_size_come_back(sessions: Sessions) -> None:
     await store(sessions, wanted)
     assert await stored(sessions) == wanted
     assert {encoding for _, encoding in wanted.values()} == {"identity", "gzip"}
-
-
-async def shared(sessions: Sessions) -> dict[bodies.Key, int]:
-    """How many jobs have a body beside the first, where any do."""
-    async with sessions.begin() as session:
-        return {(row.shard, row.sha256): row.more for row in await session.execute(SHARED)}
 
 
 async def test_two_that_store_the_same_bytes_at_once_both_succeed(sessions: Sessions) -> None:

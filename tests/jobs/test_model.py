@@ -88,7 +88,8 @@ class Stage:
 
 
 BODIES = """
-    SELECT shard, sha256, 1 + coalesce(more, 0) AS jobs FROM body LEFT JOIN body_shared USING (shard, sha256)
+    SELECT shard, sha256, CASE WHEN content IS NULL THEN 0 ELSE 1 + coalesce(more, 0) END AS jobs
+    FROM body FULL JOIN body_shared USING (shard, sha256)
 """
 LISTED = """
     SELECT batch_id, first_position + CAST(number AS int) - 1 AS position, id
@@ -243,6 +244,7 @@ def bodies_are_there_as_long_as_jobs_want_them(picture: Picture) -> Iterator[obj
 def jobs_are_listed_in_their_places(picture: Picture) -> Iterator[object]:
     there = {(job["batch_id"], job["position"], job["id"]) for job in picture.jobs.values()}
     yield from there ^ {place for place in picture.listed if place[2] in picture.jobs}
+    yield from (place for place in picture.listed if place[0] not in picture.batches)
 
 
 def earlier_attempts_belong_to_jobs(picture: Picture) -> Iterator[object]:
