@@ -17,7 +17,9 @@ LIST = f"""
 """
 
 IN_ORDER = "listed.first_position, listed.number"
-"""The order of the client, of a subquery named `listed`, which has it already: positions would have to be sorted."""
+"""The order of the client, of a subquery named `listed`, which has the first of it: so it takes a sort of each row's
+keys only, and a page ends with the row it ends in. Within the subquery the planner, which ignores the page's limit
+there, might read and sort the whole list."""
 
 
 def list_keys(*, since: str = "0", before: str | None = None) -> str:
@@ -32,5 +34,5 @@ def list_keys(*, since: str = "0", before: str | None = None) -> str:
         SELECT key.shard, key.id, batch_jobs.first_position, key.number
         FROM batch_jobs CROSS JOIN LATERAL unnest(shards, ids) WITH ORDINALITY AS key(shard, id, number)
         WHERE batch_jobs.batch_id = :batch_id AND batch_jobs.first_position > {since} - {LISTED_MAX} {until}
-        ORDER BY batch_jobs.first_position, key.number
+        ORDER BY batch_jobs.first_position
     """
