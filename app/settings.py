@@ -140,7 +140,7 @@ class Settings(BaseSettings):
         le=256,
         description="Worker processes that `serve` starts; 0 for an API alone. Default: one for each core.",
     )
-    slots: int = Field(default=100, ge=1, le=10_000, description="Fetches one worker runs at once.")
+    slots: int = Field(default=200, ge=1, le=10_000, description="Fetches one worker runs at once.")
     host_concurrency: int = Field(
         default=8, ge=1, le=10_000, description="Fetches to one host at once, over all workers."
     )
