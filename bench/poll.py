@@ -24,7 +24,7 @@ HOSTS = 1_000
 """So that every shard has its part of the large batch's counts."""
 
 SMALL = 10
-BUSY_JOBS = 200_000
+BUSY_JOBS = 400_000
 """Enough to keep the pool busy through all rounds."""
 
 WARM_UP = 100
