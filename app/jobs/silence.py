@@ -22,10 +22,14 @@ IN_USE_S = 1.5
 """Transactions take milliseconds; one that lasts this long is asked after."""
 ASK_TIMEOUT_S = 2.0
 
-# A server that works on a statement is active. One that has just ended it may have its answer on the way.
+# A server that works on a statement is active; one that has just ended it may have its answer on the way. A statement
+# of which only the first message came is active too, while its server waits for us. It does so all through a COPY.
 AT_WORK = """
     SELECT pid FROM pg_stat_activity
-    WHERE pid = ANY($1::int[]) AND (state = 'active' OR state_change > now() - interval '1 second')
+    WHERE pid = ANY($1::int[]) AND (
+        state_change > now() - interval '1 second'
+        OR state = 'active' AND (wait_event IS DISTINCT FROM 'ClientRead' OR query LIKE 'COPY %')
+    )
 """
 
 

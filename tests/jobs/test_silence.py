@@ -1,9 +1,12 @@
 """Connections that are in use for long: ended when their server waits, left alone when it works."""
 
+import asyncio
+from collections.abc import AsyncIterator
+
 import pytest
 from sqlalchemy import text
 
-from app.jobs.database import DATABASE_ERRORS, make_engine, make_sessions
+from app.jobs.database import DATABASE_ERRORS, driver, make_engine, make_sessions
 from app.jobs.silence import IN_USE_S, watching
 from tests.databases import connect
 from tests.waiting import until
@@ -13,6 +16,20 @@ async def test_a_statement_that_takes_long_is_left_to_work(database_url: str) ->
     engine = make_engine(database_url)
     async with watching(engine, database_url), make_sessions(engine).begin() as session:
         assert await session.scalar(text("SELECT pg_sleep(:s) IS NULL"), {"s": IN_USE_S + 2}) is False
+    await engine.dispose()
+
+
+async def test_a_copy_whose_rows_come_slowly_is_left_to_come(database_url: str) -> None:
+    async def rows() -> AsyncIterator[bytes]:
+        yield b"1\n"
+        await asyncio.sleep(IN_USE_S + 2)
+        yield b"2\n"
+
+    engine = make_engine(database_url)
+    async with watching(engine, database_url), make_sessions(engine).begin() as session:
+        await session.execute(text("CREATE TEMPORARY TABLE number (number int)"))
+        await (await driver(session)).copy_to_table("number", source=rows())
+        assert await session.scalar(text("SELECT sum(number) FROM number")) == 3
     await engine.dispose()
 
 
@@ -29,6 +46,18 @@ async def test_a_connection_whose_server_waits_for_us_is_ended(database_url: str
     await engine.dispose()
 
 
+async def test_a_connection_whose_server_waits_for_the_rest_of_a_statement_is_ended(database_url: str) -> None:
+    """As when a worker's line went dead between a statement and its values: the server calls itself active."""
+    engine = make_engine(database_url)
+    async with watching(engine, database_url), make_sessions(engine)() as session:
+        pid = await session.scalar(text("SELECT pg_backend_pid()"))
+        await (await driver(session)).prepare("SELECT 1")
+        assert await _state(database_url, pid) == "active"
+        await _has_ended(database_url, pid)
+        await session.invalidate()
+    await engine.dispose()
+
+
 async def test_nothing_is_ended_where_no_server_can_be_told(database_url: str) -> None:
     """As behind a proxy that gives pids of its own: none is found."""
     connection = await connect(database_url)
@@ -40,6 +69,14 @@ async def test_nothing_is_ended_where_no_server_can_be_told(database_url: str) -
         for _ in range(4):
             assert await session.scalar(text("SELECT pg_sleep(:s) IS NULL"), {"s": IN_USE_S}) is False
     await engine.dispose()
+
+
+async def _state(url: str, pid: int) -> str:
+    connection = await connect(url)
+    try:
+        return str(await connection.fetchval("SELECT state FROM pg_stat_activity WHERE pid = $1", pid))
+    finally:
+        await connection.close()
 
 
 async def _has_ended(url: str, pid: int) -> None:
