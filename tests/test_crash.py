@@ -16,6 +16,7 @@ from sqlalchemy import text
 
 from app.jobs.database import COMMAND_TIMEOUT_S, DATABASE_ERRORS, Sessions, make_engine, make_sessions
 from tests import web
+from tests.databases import connect
 from tests.postgresql import own_postgres
 from tests.proxy import proxying
 from tests.services import Program, Service, command_line, data_folder, serving, working
@@ -381,6 +382,20 @@ async def test_an_outage_longer_than_the_lease_is_survived_too(data_dir: Path) -
         assert_each_once(await service.jobs(batch["id"]), urls)
         assert {job["attempts"] for job in await service.jobs(batch["id"])} == {1}
         assert service.worker_pids() == workers
+
+
+async def test_a_request_that_outlasts_the_grace_is_told_to_come_again(data_dir: Path, database_url: str) -> None:
+    is_awaited = "SELECT EXISTS (SELECT FROM pg_locks WHERE relation = 'batch'::regclass AND NOT granted)"
+    other = await connect(database_url)
+    async with api_on(database_url, data_dir) as service, other.transaction():
+        await other.execute("LOCK TABLE batch")
+        asked = asyncio.create_task(service.call("GET", "/v1/batches"))
+        await until(lambda: other.fetchval(is_awaited))
+        assert await service.stop(signal.SIGTERM) == 0
+        answer = await asked
+    await other.close()
+    assert (answer.status_code, answer.json()["code"]) == (503, "stopping")
+    assert int(answer.headers["Retry-After"]) > 0
 
 
 async def test_an_outage_is_told_in_few_lines(data_dir: Path) -> None:

@@ -84,11 +84,18 @@ DATABASE_UNAVAILABLE = Kind(
     "database_unavailable", 503, "The database does not answer; try again later.", retry_after_s=5
 )
 OVERLOADED = Kind("overloaded", 503, "Too many requests are under way; send this one again later.", retry_after_s=5)
+STOPPING = Kind(
+    "stopping",
+    503,
+    "The service is stopping and left this request undone or unanswered; send it again later, a POST under its "
+    "Idempotency-Key.",
+    retry_after_s=5,
+)
 INTERNAL_ERROR = Kind(
     "internal_error", 500, "The service failed; the request id finds the reason in its operator's log."
 )
 
-EVERYWHERE = (UNAUTHORIZED, CROSS_SITE, HOST_NOT_ALLOWED, INTERNAL_ERROR, DATABASE_UNAVAILABLE, OVERLOADED)
+EVERYWHERE = (UNAUTHORIZED, CROSS_SITE, HOST_NOT_ALLOWED, INTERNAL_ERROR, DATABASE_UNAVAILABLE, OVERLOADED, STOPPING)
 """What any operation of the API may answer."""
 
 

@@ -3,6 +3,7 @@
 Pure ASGI, so that a response that streams stays a stream. Knows no user but the one who holds the token.
 """
 
+import asyncio
 import hmac
 import logging
 import re
@@ -18,6 +19,7 @@ from app.api.problems import (
     HOST_NOT_ALLOWED,
     INTERNAL_ERROR,
     OVERLOADED,
+    STOPPING,
     UNAUTHORIZED,
     Problem,
     respond,
@@ -73,6 +75,11 @@ class Outermost:
             await self.app(scope, receive, send_marked)
         except ClientDisconnect:
             return
+        except asyncio.CancelledError:
+            # The server stops, and this has outlasted its grace. It would log it as a fault of ours.
+            logger.warning("Request %s is left: %s %s", request_id, scope["method"], scope["path"])
+            if not started:
+                await respond(Problem(STOPPING), request_id=request_id)(scope, receive, send_marked)
         except Exception:
             logger.exception("Request %s failed: %s %s", request_id, scope["method"], scope["path"])
             # A response that has begun cannot be taken back; left unfinished, the server cuts it off.
