@@ -97,36 +97,50 @@ SHARE = text("""
 """)
 
 
+class Conflict(Exception):
+    """Another worker has just stored the same bytes: the transaction is void, and succeeds anew without COPY."""
+
+
 async def store(
-    session: AsyncSession, packed: Mapping[Key, Packed], *, seen: Collection[Key], counts: Counter[Key]
+    session: AsyncSession,
+    packed: Mapping[Key, Packed],
+    *,
+    seen: Collection[Key],
+    counts: Counter[Key],
+    by_copy: bool = True,
 ) -> None:
     """Store bodies in the caller's transaction, but for those of the `seen` that are still there.
 
     `counts` says how many jobs bring each; those beyond a body's first are counted in `body_shared`. Nobody erases any
-    of them before the transaction's end. By COPY, at half the cost of an INSERT; it knows no ON CONFLICT, so that the
-    rare conflict undoes it, by a savepoint.
+    of them before the transaction's end. COPY takes half the time of an INSERT, but knows no ON CONFLICT: raises
+    `Conflict`, rarely.
     """
     if not packed:
         return
+    kept = await _keep(session, seen) if seen and by_copy else set()
+    new = sorted(packed.keys() - kept)
+    if by_copy:
+        await _copy(session, new, packed)
+    else:
+        new = await _insert(session, new, packed)
+    await _share(session, counts - Counter(new))
+
+
+async def _copy(session: AsyncSession, keys: Sequence[Key], packed: Mapping[Key, Packed]) -> None:
     driver = await database.driver(session)
     try:
-        async with driver.transaction():
-            kept = await _keep(session, seen) if seen else set()
-            if new := sorted(packed.keys() - kept):
-                await driver.copy_to_table("body", source=_copy_rows(new, packed), columns=COLUMNS, format="binary")
-    except asyncpg.UniqueViolationError:  # another worker has just stored the same bytes
-        # all of them: those that were kept are free again, and are locked in key order
-        new = await _insert(session, packed)
-    await _share(session, counts - Counter(new))
+        if keys:
+            await driver.copy_to_table("body", source=_copy_rows(keys, packed), columns=COLUMNS, format="binary")
+    except asyncpg.UniqueViolationError as error:
+        raise Conflict from error
 
 
 async def _keep(session: AsyncSession, keys: Collection[Key]) -> set[Key]:
     return {(row.shard, row.sha256) for row in await session.execute(KEEP, _columns(keys))}
 
 
-async def _insert(session: AsyncSession, packed: Mapping[Key, Packed]) -> list[Key]:
+async def _insert(session: AsyncSession, keys: Sequence[Key], packed: Mapping[Key, Packed]) -> list[Key]:
     """Return those that were not there."""
-    keys = sorted(packed)
     contents, encodings = map(list, zip(*(packed[key] for key in keys), strict=True))
     rows = await session.execute(INSERT, _columns(keys) | {"contents": contents, "encodings": encodings})
     return [(row.shard, row.sha256) for row in rows]

@@ -369,19 +369,19 @@ RECORD_JOBS = text("""
 """)
 
 
-async def record(session: AsyncSession, results: Sequence[Result]) -> Recorded:
+async def record(session: AsyncSession, results: Sequence[Result], *, by_copy: bool = True) -> Recorded:
     """Store results whose lease and attempt still stand; drop the others, and change nothing for them.
 
-    A result that this caller stored before (its commit was not confirmed) counts as stored.
+    A result that this caller stored before (its commit was not confirmed) counts as stored. Raises `bodies.Conflict`
+    when the transaction must be had anew, without `by_copy`.
     """
     results = sorted(results, key=_job_key)  # the order in which jobs are locked
     numbers = (await session.execute(RECORD_JOBS, _result_arrays(results))).one()
     stored = [results[number - 1] for number in numbers.recorded]
     wanted = _bodies(stored)
     seen = wanted.keys() & {_body_key(results[number - 1]) for number in numbers.bodies_seen}
-    await bodies.store(
-        session, wanted, seen=seen, counts=Counter(_body_key(result) for result in stored if result.body is not None)
-    )
+    counts = Counter(_body_key(result) for result in stored if result.body is not None)
+    await bodies.store(session, wanted, seen=seen, counts=counts, by_copy=by_copy)
     changes: dict[tallies.Key, Change] = defaultdict(Change)
     for result in stored:
         _add_to_change(changes[result.job.shard, result.job.batch_id], result)

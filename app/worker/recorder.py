@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from uuid import UUID
 
-from app.jobs import batches, database, leases, queue
+from app.jobs import batches, bodies, database, leases, queue
 from app.jobs.database import DATABASE_ERRORS, Sessions, is_refused_value
 from app.jobs.leases import BackOff
-from app.jobs.values import NO_EVIDENCE, ClaimedJob, Result, Returned
+from app.jobs.values import NO_EVIDENCE, ClaimedJob, Recorded, Result, Returned
 from app.outcome import FailureCode
 
 FLUSH_PAUSE_S = 0.05
@@ -19,10 +19,11 @@ FLUSH_PAUSE_S_MAX = 0.25
 MORE_PAUSE_S = 0.02
 MORE_MIN = 10
 """So many results within the last pause are worth waiting `MORE_PAUSE_S` for more."""
-RECORD_MAX = 500
+RECORD_MAX = 750
 RECORD_BYTES_MAX = 16 * 2**20
 """Bodies of one transaction: within every timeout, and never so many that the same are offered again for ever."""
-BUFFERED_MAX = 2_000
+BUFFERED_MAX = 1_000
+"""With more, fetches took the CPU that storing needed, and all that was left to store came at the end."""
 BUFFERED_BYTES_MAX = 64 * 2**20
 FAILED_PAUSE_S = 1.0
 
@@ -163,16 +164,22 @@ class Recorder:
         await asyncio.sleep(FAILED_PAUSE_S)
 
     async def _store(self, results: Sequence[Result], back_offs: Sequence[BackOff]) -> None:
-        async with self._sessions.begin() as session:
-            if back_offs:
-                await leases.back_off(session, back_offs)
-            recorded = await queue.record(session, results)
+        try:
+            recorded = await self._record(results, back_offs, by_copy=True)
+        except bodies.Conflict:
+            recorded = await self._record(results, back_offs, by_copy=False)
         self._flushed_at = time.monotonic()
         self._maybe_finished |= recorded.maybe_finished
         if self._maybe_finished:
             await self._finish_batches(self._results[len(results) :])
         if recorded.dropped:
             await self._note_dropped(recorded.dropped)
+
+    async def _record(self, results: Sequence[Result], back_offs: Sequence[BackOff], *, by_copy: bool) -> Recorded:
+        async with self._sessions.begin() as session:
+            if back_offs:
+                await leases.back_off(session, back_offs)
+            return await queue.record(session, results, by_copy=by_copy)
 
     async def _finish_batches(self, later: Sequence[Result]) -> None:
         """Finish what may be finished: not a batch of which this worker has more, whose results come `later`."""

@@ -6,12 +6,21 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID, uuid4
 
+from sqlalchemy import text
+
 from app.jobs import batches, leases, queue, reads
 from app.jobs.database import Sessions
 from app.jobs.ids import new_batch_id
 from app.jobs.values import ClaimedJob, Lease, NewBatch, NewJobs, Recorded, Result, Returned
 
 LEASE_S = 30.0
+WAITING = text("SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()")
+
+
+async def waiting(sessions: Sessions) -> list[int]:
+    """The processes of PostgreSQL that wait for one another here."""
+    async with sessions.begin() as session:
+        return [row.pid for row in await session.execute(WAITING)]
 
 
 @dataclass(frozen=True)

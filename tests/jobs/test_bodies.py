@@ -6,7 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 from sqlalchemy import text
@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.jobs import batches, bodies
 from app.jobs.database import DATABASE_ERRORS, Sessions, is_passing, ping
-from tests.jobs.actors import Client, Worker, success
+from tests.jobs.actors import Client, Worker, success, waiting
 from tests.waiting import until
 
 if sys.version_info >= (3, 14):
@@ -22,7 +22,6 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-WAITING = text("SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()")
 LOCK = text("SELECT FROM body WHERE sha256 = :sha256 FOR UPDATE")
 SHARED = text("SELECT shard, sha256, more FROM body_shared")
 STORED = text("SELECT shard, sha256, encoding, content FROM body ORDER BY shard, sha256")
@@ -34,20 +33,28 @@ def packed(*contents: bytes, shard: int = 1) -> dict[bodies.Key, bodies.Packed]:
 
 @asynccontextmanager
 async def storing(
-    sessions: Sessions, wanted: dict[bodies.Key, bodies.Packed], *, seen: Iterable[bodies.Key] = ()
+    sessions: Sessions,
+    wanted: dict[bodies.Key, bodies.Packed],
+    *,
+    seen: Iterable[bodies.Key] = (),
+    by_copy: bool = True,
 ) -> AsyncIterator[AsyncSession]:
     """A transaction that has stored them, after another statement, as results are."""
     async with sessions.begin() as session:
         await ping(session)
-        await bodies.store(session, wanted, seen=list(seen), counts=Counter(wanted.keys()))
+        await bodies.store(session, wanted, seen=list(seen), counts=Counter(wanted.keys()), by_copy=by_copy)
         yield session
 
 
 async def store(
     sessions: Sessions, wanted: dict[bodies.Key, bodies.Packed], *, seen: Iterable[bodies.Key] = ()
 ) -> None:
-    async with storing(sessions, wanted, seen=seen):
-        pass
+    """Store them, anew when another has just stored some of them."""
+    for by_copy in (True, False):
+        with suppress(bodies.Conflict):
+            async with storing(sessions, wanted, seen=seen, by_copy=by_copy):
+                return
+    raise AssertionError("a conflict without COPY")
 
 
 async def stored(sessions: Sessions) -> dict[bodies.Key, bodies.Packed]:
@@ -60,12 +67,6 @@ async def shared(sessions: Sessions) -> dict[bodies.Key, int]:
     """How many jobs have a body beside the first, where any do."""
     async with sessions.begin() as session:
         return {(row.shard, row.sha256): row.more for row in await session.execute(SHARED)}
-
-
-async def waiting(sessions: Sessions) -> list[int]:
-    """The processes of PostgreSQL that wait for one another here."""
-    async with sessions.begin() as session:
-        return [row.pid for row in await session.execute(WAITING)]
 
 
 @pytest.mark.parametrize(

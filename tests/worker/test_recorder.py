@@ -7,12 +7,12 @@ from uuid import UUID
 
 import pytest
 
-from app.jobs import batches
+from app.jobs import batches, queue
 from app.jobs.database import Sessions
 from app.jobs.values import Result
 from app.worker import recorder
 from app.worker.recorder import Recorder
-from tests.jobs.actors import Client, Worker, success
+from tests.jobs.actors import Client, Worker, success, waiting
 from tests.waiting import until
 from tests.web import serving
 from tests.worker.conftest import Service
@@ -66,6 +66,20 @@ async def test_a_batch_is_finished_once_this_worker_has_no_more_of_it(sessions: 
     await recording.store(success(second))
     assert (await client.read(batch_id)).status == "completed"
     assert recording.asked == [{batch_id}]
+
+
+async def test_two_workers_store_the_same_bytes_at_once(sessions: Sessions, recording: Recording) -> None:
+    client, worker = Client(sessions), Worker(sessions)
+    batch_id = await client.submit("a.test", "a.test")
+    _, [first, second] = await worker.claim_one()
+    async with sessions.begin() as session:
+        await queue.record(session, [success(first)])
+        recording.recorder.add(success(second))
+        await until(lambda: waiting(sessions))
+    await until(lambda: recording.recorder.is_empty)
+    jobs = await client.jobs(batch_id)
+    assert [job.status for job in jobs] == ["succeeded"] * 2
+    assert len({job.body_sha256 for job in jobs}) == 1
 
 
 async def test_a_batch_is_finished_though_the_job_that_was_still_here_ended_elsewhere(
