@@ -6,7 +6,7 @@ Of jobs it knows only how many share a body; `batches` erases the bodies that no
 import struct
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import asyncpg
@@ -14,7 +14,7 @@ from isal import igzip_lib
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.jobs import database
+from app.jobs import copying
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -35,12 +35,6 @@ SMALL_BYTES_MAX = 128 * 2**10
 """Bodies up to this size are packed within half a millisecond; larger ones are best packed in a thread."""
 
 COLUMNS = ("shard", "sha256", "encoding", "content")
-COPY_START = b"PGCOPY\n\xff\r\n\0" + bytes(8)
-COPY_END = b"\xff\xff"
-"""Of COPY's binary format: a signature, no flags and no extension; and a row of -1 fields."""
-COPY_BYTES = 64 * 2**10
-"""Written at once: a socket takes that whole. Of more, event loops keep copies: 1.5 MB in one piece cost three times as
-much (asyncio)."""
 _ROW_START = struct.Struct("!hihi32si")
 _LENGTH = struct.Struct("!i")
 
@@ -127,12 +121,20 @@ async def store(
 
 
 async def _copy(session: AsyncSession, keys: Sequence[Key], packed: Mapping[Key, Packed]) -> None:
-    driver = await database.driver(session)
+    if not keys:
+        return
     try:
-        if keys:
-            await driver.copy_to_table("body", source=_copy_rows(keys, packed), columns=COLUMNS, format="binary")
+        await copying.copy(session, "body", COLUMNS, _pieces(keys, packed))
     except asyncpg.UniqueViolationError as error:
         raise Conflict from error
+
+
+def _pieces(keys: Sequence[Key], packed: Mapping[Key, Packed]) -> Iterator[bytes]:
+    for shard, sha256 in keys:
+        content, encoding = packed[shard, sha256]
+        name = encoding.encode("ascii")
+        yield _ROW_START.pack(4, 2, shard, 32, sha256, len(name)) + name + _LENGTH.pack(len(content))
+        yield content
 
 
 async def _keep(session: AsyncSession, keys: Collection[Key]) -> set[Key]:
@@ -153,21 +155,3 @@ async def _share(session: AsyncSession, more: Mapping[Key, int]) -> None:
 
 def _columns(keys: Collection[Key]) -> dict[str, list[Any]]:
     return {"shards": [shard for shard, _ in keys], "sha256s": [sha256 for _, sha256 in keys]}
-
-
-async def _copy_rows(keys: Sequence[Key], packed: Mapping[Key, Packed]) -> AsyncIterator[bytes]:
-    """Write rows in the binary format of COPY: the number of fields, then each after its length.
-
-    Not by asyncpg's `copy_records_to_table`, which prepares a statement that PgBouncer would not carry over, and not as
-    a file, which it would read in a thread.
-    """
-    parts, size = [COPY_START], 0
-    for shard, sha256 in keys:
-        content, encoding = packed[shard, sha256]
-        name = encoding.encode("ascii")
-        parts += (_ROW_START.pack(4, 2, shard, 32, sha256, len(name)), name, _LENGTH.pack(len(content)), content)
-        size += len(content)
-        if size >= COPY_BYTES:
-            yield b"".join(parts)
-            parts, size = [], 0
-    yield b"".join((*parts, COPY_END))

@@ -8,22 +8,24 @@ from collections.abc import Sequence
 from functools import lru_cache
 from uuid import UUID
 
+_HALVES = struct.Struct(">QQ")
+
 
 def new_batch_id() -> UUID:
     """Make a UUID version 7 (RFC 9562, 5.7): batches sort by the time they were accepted."""
     middle, last = struct.unpack(">HQ", os.urandom(10))
-    return UUID(_hex(_now_ms(), version=7, middle=middle & 0xFFF, last=last))
+    return UUID(bytes=_bytes(_now_ms(), version=7, middle=middle & 0xFFF, last=last))
 
 
-def new_job_ids(host_hashes: Sequence[int]) -> list[str]:
+def new_job_ids(host_hashes: Sequence[int]) -> list[bytes]:
     """Make a UUID version 8 for each host hash given, in version 7's layout, whose 12 middle bits are the hash.
 
-    In hexadecimal, as the driver takes them: UUID objects, and entropy asked for one by one, took four times as long.
+    As 16 bytes: UUID objects, and entropy asked for one by one, took four times as long.
     """
     now_ms = _now_ms()
     entropy = struct.unpack(f">{len(host_hashes)}Q", os.urandom(8 * len(host_hashes)))
     return [
-        _hex(now_ms, version=8, middle=host_hash, last=last)
+        _bytes(now_ms, version=8, middle=host_hash, last=last)
         for host_hash, last in zip(host_hashes, entropy, strict=True)
     ]
 
@@ -54,6 +56,6 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _hex(now_ms: int, *, version: int, middle: int, last: int) -> str:
+def _bytes(now_ms: int, *, version: int, middle: int, last: int) -> bytes:
     variant_and_random = last & 0x3FFF_FFFF_FFFF_FFFF | 0x8000_0000_0000_0000
-    return f"{now_ms:012x}{version:x}{middle:03x}{variant_and_random:016x}"
+    return _HALVES.pack(now_ms << 16 | version << 12 | middle, variant_and_random)

@@ -4,17 +4,26 @@ Instead of an index on the jobs, to which each change of a job would add an entr
 writes no job itself.
 """
 
+import struct
+from collections.abc import Iterator, Sequence
+from uuid import UUID
+
+from app.jobs import copying
+
 LISTED_MAX = 100
 """Keys in a row, which is then 1.8 KB: not compressed, and kept in its page."""
 
-# Stands in front of an INSERT of jobs with the same parameters, which begin at the position `:start`, a multiple of
-# LISTED_MAX.
-LIST = f"""
-    INSERT INTO batch_jobs (batch_id, first_position, shards, ids)
-    SELECT CAST(:batch_id AS uuid), CAST(:start AS int) + n,
-        (CAST(:shards AS smallint[]))[n + 1 : n + {LISTED_MAX}], (CAST(:ids AS uuid[]))[n + 1 : n + {LISTED_MAX}]
-    FROM generate_series(0, cardinality(CAST(:ids AS uuid[])) - 1, {LISTED_MAX}) AS n
-"""
+COLUMNS = ("batch_id", "first_position", "shards", "ids")
+_ROW_START = struct.Struct("!hi16sii")
+
+
+def rows(batch_id: UUID, shards: Sequence[int], ids: Sequence[bytes]) -> Iterator[bytes]:
+    """Write the rows of a batch's list for COPY; the keys are in the client's order."""
+    for first in range(0, len(ids), LISTED_MAX):
+        row = slice(first, first + LISTED_MAX)
+        start = _ROW_START.pack(len(COLUMNS), 16, batch_id.bytes, 4, first)
+        yield start + copying.smallints(shards[row]) + copying.uuids(ids[row])
+
 
 IN_ORDER = "listed.first_position, listed.number"
 """The order of the client, of a subquery named `listed`, which has the first of it: so it takes a sort of each row's

@@ -5,6 +5,7 @@ taken in one order everywhere (host, job, attempt, body, body_shared, tally, his
 each, so that they cannot deadlock. Decides nothing about retries: it stores what the worker decided.
 """
 
+import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from http import HTTPStatus
@@ -16,10 +17,10 @@ from sqlalchemy import text
 from sqlalchemy.engine import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.jobs import bodies, leases, tallies
+from app.jobs import bodies, copying, leases, listing, tallies
 from app.jobs.ids import new_job_ids, shard_of_hash
 from app.jobs.leases import OLDEST_UNFINISHED, WAITING_BATCHES
-from app.jobs.listing import LIST, LISTED_MAX, list_keys
+from app.jobs.listing import list_keys
 from app.jobs.tallies import Change, HistogramKey
 from app.jobs.values import (
     CRASHES_OF_SUSPECT,
@@ -35,8 +36,11 @@ from app.jobs.values import (
 )
 from app.outcome import SAFE_METHODS
 
-INSERT_ROWS_MAX = 10 * LISTED_MAX
-"""Rows of one INSERT: enough to be fast, few enough not to hold an event loop for long; whole rows of the list."""
+COPY_ROWS_MAX = 10_000
+"""Rows of one COPY, which has a statement's time."""
+NEIGHBOURS_MAX = 1_000
+"""Jobs of which those of a host are put down together, for they are claimed together: a claim then reads half as many
+pages. No more at once, not to hold an event loop for long."""
 
 BATCHES_PER_TURN_MIN = 8
 BATCHES_PER_TURN_MAX = 100
@@ -54,24 +58,16 @@ INSERT_BATCH = text("""
         finished_at)
     VALUES (:id, :name, CAST(:metadata AS jsonb), CAST(:options AS jsonb), CAST(:skipped AS jsonb), :idempotency_key,
         :request_sha256, :status, :total, CASE WHEN :status = 'completed' THEN now() END)
+    RETURNING CAST(extract(epoch FROM now() - TIMESTAMPTZ '2000-01-01 00:00:00+00') * 1000000 AS bigint)
 """)
 
-# A microsecond apart, and all of them due: what a claim's index gives first is then what the client gave first.
-# `unnest` fills up shorter columns with NULLs: one that is empty costs nothing (0.2 s of 100,000 rows).
-# A host's jobs are put down together, for they are claimed together: a claim then reads half as many pages.
-INSERT_JOBS = text(f"""
-    WITH list AS ({LIST})
-    INSERT INTO job (shard, id, batch_id, position, host, url, request, custom_id, metadata, repeatable, status, run_at)
-    SELECT j.shard, j.id, CAST(:batch_id AS uuid), CAST(:start AS int) + j.number - 1, j.host, j.url,
-        CAST(j.request AS jsonb), j.custom_id, CAST(j.metadata AS jsonb), j.repeatable, 'queued',
-        now() - make_interval(secs => (CAST(:left AS int) - j.number + 1) / 1e6)
-    FROM unnest(
-        CAST(:shards AS smallint[]), CAST(:ids AS uuid[]), CAST(:hosts AS text[]), CAST(:urls AS text[]),
-        CAST(:requests AS text[]), CAST(:custom_ids AS text[]), CAST(:metadatas AS text[]),
-        CAST(:repeatables AS boolean[])
-    ) WITH ORDINALITY AS j(shard, id, host, url, request, custom_id, metadata, repeatable, number)
-    ORDER BY j.shard, j.host COLLATE "C", j.number
-""")
+JOB_COLUMNS = (
+    *("shard", "id", "batch_id", "position", "repeatable", "status", "run_at"),
+    *("host", "url", "request", "custom_id", "metadata"),
+)
+_JOB_START = struct.Struct("!hihi16si16siii?i6siq")
+"""Of a row for COPY: the number of its fields, and the first seven."""
+_NOTHING_MORE = 3 * copying.NULL
 
 INSERT_TALLIES = text("""
     INSERT INTO tally (shard, batch_id, total, queued)
@@ -96,10 +92,15 @@ async def enqueue(session: AsyncSession, batch: NewBatch, jobs: NewJobs) -> None
 
     The host rows come last and in key order, just before the commit: they are what claims and renewals wait for.
     """
-    await _insert_batch(session, batch, len(jobs))
-    for start in range(0, len(jobs), INSERT_ROWS_MAX):
-        await _insert_jobs(session, batch, jobs, start=start)
-    totals = Counter(map(shard_of_hash, jobs.host_hashes))
+    now_us = await _insert_batch(session, batch, len(jobs))
+    ids: list[bytes] = []
+    for start in range(0, len(jobs), COPY_ROWS_MAX):
+        rows = _job_rows(batch, jobs, ids, range(start, min(start + COPY_ROWS_MAX, len(jobs))), now_us=now_us)
+        await copying.copy(session, "job", JOB_COLUMNS, rows, gives_way=True)
+    shards = list(map(shard_of_hash, jobs.host_hashes))
+    if ids:
+        await copying.copy(session, "batch_jobs", listing.COLUMNS, listing.rows(batch.id, shards, ids), gives_way=True)
+    totals = Counter(shards)
     await session.execute(
         INSERT_TALLIES, {"batch_id": batch.id, "shards": list(totals), "totals": list(totals.values())}
     )
@@ -107,8 +108,9 @@ async def enqueue(session: AsyncSession, batch: NewBatch, jobs: NewJobs) -> None
     await session.execute(WAKE_HOSTS, {"shards": list(map(shard_of_hash, hosts.values())), "hosts": list(hosts)})
 
 
-async def _insert_batch(session: AsyncSession, batch: NewBatch, total: int) -> None:
-    await session.execute(
+async def _insert_batch(session: AsyncSession, batch: NewBatch, total: int) -> int:
+    """Return the transaction's time: microseconds since the year 2000, as PostgreSQL keeps it."""
+    now_us: int = await session.scalar(
         INSERT_BATCH,
         {
             "id": batch.id,
@@ -122,37 +124,36 @@ async def _insert_batch(session: AsyncSession, batch: NewBatch, total: int) -> N
             "total": total,
         },
     )
+    return now_us
 
 
-async def _insert_jobs(session: AsyncSession, batch: NewBatch, jobs: NewJobs, *, start: int) -> None:
-    rows = slice(start, start + INSERT_ROWS_MAX)
-    host_hashes = jobs.host_hashes[rows]
-    await session.execute(
-        INSERT_JOBS,
-        {
-            "batch_id": batch.id,
-            "start": start,
-            "left": len(jobs) - start,
-            "shards": list(map(shard_of_hash, host_hashes)),
-            "ids": new_job_ids(host_hashes),
-            "hosts": jobs.hosts[rows],
-            "urls": jobs.urls[rows],
-            "requests": _unless_null(jobs.requests[rows]),
-            "custom_ids": _unless_null(jobs.custom_ids[rows]),
-            "metadatas": _unless_null(jobs.metadatas[rows]),
-            "repeatables": _repeatables(batch.options, jobs.methods[rows]),
-        },
+def _job_rows(batch: NewBatch, jobs: NewJobs, ids: list[bytes], positions: range, *, now_us: int) -> Iterator[bytes]:
+    """Write the rows of these jobs for COPY, and add their ids to those of the jobs before.
+
+    Their `run_at` is a microsecond apart, and all of them are due: what a claim's index gives first is then what the
+    client gave first.
+    """
+    shared, retry_unsafe = batch.options.get("method", "GET"), bool(batch.options.get("retry_unsafe", False))
+    hosts, hashes = jobs.hosts, jobs.host_hashes
+    for start in range(positions.start, positions.stop, NEIGHBOURS_MAX):
+        part = range(start, min(start + NEIGHBOURS_MAX, positions.stop))
+        ids += new_job_ids(hashes[part.start : part.stop])
+        for at in sorted(part, key=lambda at: (hashes[at], hosts[at])):
+            yield _JOB_START.pack(
+                *(len(JOB_COLUMNS), 2, shard_of_hash(hashes[at]), 16, ids[at], 16, batch.id.bytes, 4, at),
+                *(1, retry_unsafe or (jobs.methods[at] or shared) in SAFE_METHODS, 6, b"queued"),
+                *(8, now_us - len(jobs) + at),
+            ) + _job_texts(jobs, at)
+
+
+def _job_texts(jobs: NewJobs, at: int) -> bytes:
+    request, custom_id, metadata = jobs.requests[at], jobs.custom_ids[at], jobs.metadatas[at]
+    more = (
+        _NOTHING_MORE
+        if request is custom_id is metadata is None
+        else copying.jsonb(request) + copying.text(custom_id) + copying.jsonb(metadata)
     )
-
-
-def _unless_null(column: list[str | None]) -> list[str | None]:
-    return column if any(value is not None for value in column) else []
-
-
-def _repeatables(options: dict[str, Any], methods: list[str | None]) -> list[bool]:
-    """Say of each job whether it may be fetched again when a request of it may have been sent."""
-    shared, retry_unsafe = options.get("method", "GET"), bool(options.get("retry_unsafe", False))
-    return [retry_unsafe or (method or shared) in SAFE_METHODS for method in methods]
+    return copying.text(jobs.hosts[at]) + copying.text(jobs.urls[at]) + more
 
 
 # The last batch that waits at a host, found from the end of the index; nothing when it is among the `chosen` already.
@@ -410,6 +411,11 @@ def _result_arrays(results: Sequence[Result]) -> dict[str, list[Any]]:
         "evidences": [result.evidence for result in results],
         "sha256s": [result.body_sha256 for result in results],
     }
+
+
+def _unless_null(column: list[str | None]) -> list[str | None]:
+    """`unnest` fills up shorter columns with NULLs: one that is empty costs nothing."""
+    return column if any(value is not None for value in column) else []
 
 
 def _bodies(results: Iterable[Result]) -> dict[bodies.Key, bodies.Packed]:

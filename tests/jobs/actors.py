@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 
 from sqlalchemy import text
 
-from app.jobs import batches, leases, queue, reads
+from app.jobs import batches, bodies, leases, queue, reads
 from app.jobs.database import Sessions
 from app.jobs.ids import new_batch_id
 from app.jobs.values import ClaimedJob, Lease, NewBatch, NewJobs, Recorded, Result, Returned
@@ -99,8 +99,12 @@ class Worker:
             return await queue.refill(session, self.id, [(lease, count)], jobs_max=1000)
 
     async def record(self, *results: Result) -> Recorded:
-        async with self.sessions.begin() as session:
-            return await queue.record(session, results)
+        try:
+            async with self.sessions.begin() as session:
+                return await queue.record(session, results)
+        except bodies.Conflict:
+            async with self.sessions.begin() as session:
+                return await queue.record(session, results, by_copy=False)
 
     async def release(self, *released: Lease, rest_s: float = 0.0) -> None:
         async with self.sessions.begin() as session:

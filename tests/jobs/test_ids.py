@@ -7,7 +7,7 @@ from app.jobs.ids import host_hash, new_batch_id, new_job_ids, shard_of_host, sh
 
 def test_the_shard_can_be_read_off_a_jobs_id() -> None:
     hosts = [f"h{number}.example" for number in range(1000)]
-    ids = [UUID(text) for text in new_job_ids([host_hash(host) for host in hosts])]
+    ids = [UUID(bytes=given) for given in new_job_ids([host_hash(host) for host in hosts])]
     assert [shard_of_job(job_id) for job_id in ids] == [shard_of_host(host) for host in hosts]
     assert {(job_id.version, job_id.variant) for job_id in ids} == {(8, RFC_4122)}
     assert len(set(ids)) == 1000
