@@ -98,7 +98,10 @@ def _read_list(text: str, at: int, each: Each) -> int:
 
 def _elements(text: str, at: int) -> tuple[list[Any], int, bool]:
     """Parse the elements that lie in one window of the text, at least one; say whether the list ends with them."""
-    window, values, end, closed = text[at : at + WINDOW_CHARS], [], 0, False
+    window, end, closed = text[at : at + WINDOW_CHARS], 0, False
+    comma = max(0, window.rfind(","))
+    if values := _all_of(window[:comma]):
+        return values, _skip(text, at + comma + 1), False
     with suppress(ValueError, RecursionError):  # cut off by the window, or no JSON: tried again below
         while not closed:
             value, value_end = _DECODER.raw_decode(window, end)
@@ -112,6 +115,14 @@ def _elements(text: str, at: int) -> tuple[list[Any], int, bool]:
     value, at = _value(text, at)
     at, closed = _next(text, _skip(text, at), "]")
     return [value], at, closed
+
+
+def _all_of(elements: str) -> list[Any]:
+    """Parse elements at once, in a fifth of the time; none when that fails: then the text was not cut between two."""
+    try:
+        return list(_DECODER.decode(f"[{elements}]"))
+    except (ValueError, RecursionError):
+        return []
 
 
 def _name(text: str, at: int, members: Mapping[str, object]) -> tuple[str, int]:

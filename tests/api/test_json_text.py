@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.api.json_text import HANDED_OUT, VALUE_CHARS_MAX, depth, find_unstorable, may_be_unstorable, read_object
+from app.api import json_text
+from app.api.json_text import (
+    HANDED_OUT,
+    VALUE_CHARS_MAX,
+    WINDOW_CHARS,
+    depth,
+    find_unstorable,
+    may_be_unstorable,
+    read_object,
+)
 from app.api.problems import Problem
 
 VALUES = st.recursive(
@@ -16,16 +25,19 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=10,
 )
+WINDOWS = st.sampled_from([10, 40, WINDOW_CHARS])
 
 
-def read(text: str) -> tuple[dict[str, Any], list[Any]]:
+def read(text: str, *, window_chars: int = WINDOW_CHARS) -> tuple[dict[str, Any], list[Any]]:
     elements: list[Any] = []
 
     def take(index: int, value: Any) -> None:
         assert index == len(elements)
         elements.append(value)
 
-    return read_object(text, lists={"urls": take}), elements
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_text, "WINDOW_CHARS", window_chars)
+        return read_object(text, lists={"urls": take}), elements
 
 
 @given(
@@ -33,22 +45,23 @@ def read(text: str) -> tuple[dict[str, Any], list[Any]]:
     urls=st.lists(VALUES, max_size=5),
     indent=st.sampled_from([None, 0, 3]),
     ascii_only=st.booleans(),
+    window_chars=WINDOWS,
 )
 def test_it_reads_what_json_loads_reads(
-    members: dict[str, Any], urls: list[Any], indent: int | None, ascii_only: bool
+    members: dict[str, Any], urls: list[Any], indent: int | None, ascii_only: bool, window_chars: int
 ) -> None:
     text = json.dumps({**members, "urls": urls}, indent=indent, ensure_ascii=ascii_only)
-    found, elements = read(text)
+    found, elements = read(text, window_chars=window_chars)
     assert found.pop("urls") is HANDED_OUT
     expected = json.loads(text)
     assert elements == expected.pop("urls")
     assert found == expected
 
 
-@given(text=st.text(alphabet='{}[]":,0123 \\untrueurlsx\n'))
-def test_it_accepts_only_what_json_loads_accepts(text: str) -> None:
+@given(text=st.text(alphabet='{}[]":,0123 \\untrueurlsx\n'), window_chars=WINDOWS)
+def test_it_accepts_only_what_json_loads_accepts(text: str, window_chars: int) -> None:
     with contextlib.suppress(Problem):
-        found, elements = read(text)
+        found, elements = read(text, window_chars=window_chars)
         expected = json.loads(text)
         assert isinstance(expected, dict)
         assert found.keys() == expected.keys()
