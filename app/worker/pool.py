@@ -34,6 +34,8 @@ FULL_PAUSE_S = 0.1
 """Longest pause between two steps while all slots are full; none asks for one then, so that each refill takes many."""
 CLAIM_PAUSE_S = 0.02
 """Shortest pause between two claims, so that each claims many jobs."""
+BEATEN_PAUSE_S = 0.005
+"""The same when another worker had just then locked all that is due, most of which it leaves some milliseconds later."""
 ASK_CANCELLED_S = 1.0
 BEAT_S = 10.0
 FAILED_PAUSE_S = 1.0
@@ -102,7 +104,7 @@ class Pool:
         self._drain_by: float | None = None
         self._claimed_at = self._asked_at = self._looked_at = self._beat_at = float("-inf")
         self._may_claim_at = 0.0
-        self._is_hinted = self._is_all_parked = False
+        self._is_hinted = self._is_all_parked = self._was_beaten = False
         self._dropped_told = 0
 
     async def run(self) -> None:
@@ -218,13 +220,14 @@ class Pool:
         due_s = 0.0 if self._holds else await self._find_next_due_s()
         claimed = await self._claim_due(room) if due_s <= 0 else {}
         if due_s <= 0 and not claimed:
-            # Another worker's claim may just now have locked all that is due, only to leave most of it.
             due_s = await self._find_next_due_s()
+        was_beaten, self._was_beaten = self._was_beaten, due_s <= 0 and not claimed
         self._claimed_at = time.monotonic()
         self._is_all_parked = due_s == float("inf")
         # a hint that came meanwhile may be of what was not there yet
         pause_s = 0.0 if self._is_hinted else min(due_s, self._poll_s())
-        self._may_claim_at = self._claimed_at + max(CLAIM_PAUSE_S, pause_s)
+        shortest_s = BEATEN_PAUSE_S if self._was_beaten and not was_beaten else CLAIM_PAUSE_S
+        self._may_claim_at = self._claimed_at + max(shortest_s, pause_s)
         was_cut = sum(len(jobs) for jobs in claimed.values()) >= room
         for lease, jobs in claimed.items():
             hold = self._keeper.hold(lease, now, concurrency=settings.host_concurrency, delay_s=settings.host_delay_s)
