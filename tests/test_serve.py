@@ -93,6 +93,13 @@ async def test_unfinished_jobs_are_finished_after_a_restart(data_dir: Path, site
         assert (await service.finished(batch["id"]))["counts"]["succeeded"] == 1
 
 
+async def test_workers_give_way_to_the_api(data_dir: Path) -> None:
+    async with serving(data_dir, workers=2) as service:
+        own = os.getpriority(os.PRIO_PROCESS, service.pid)
+        for pid in await service.worker_is_up(2):
+            await until(lambda pid=pid: os.getpriority(os.PRIO_PROCESS, pid) > own)  # type: ignore[misc]
+
+
 async def test_the_curl_line_works_as_pasted(data_dir: Path, site: str) -> None:
     if shutil.which("curl") is None:
         pytest.skip("needs curl")

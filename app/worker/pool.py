@@ -35,7 +35,7 @@ FULL_PAUSE_S = 0.1
 CLAIM_PAUSE_S = 0.02
 """Shortest pause between two claims, so that each claims many jobs."""
 BEATEN_PAUSE_S = 0.005
-"""The same when another worker had just then locked all that is due, most of which it leaves some milliseconds later."""
+"""The same when another worker had just locked all that is due, most of which it leaves some milliseconds later."""
 ASK_CANCELLED_S = 1.0
 BEAT_S = 10.0
 FAILED_PAUSE_S = 1.0
