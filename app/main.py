@@ -282,7 +282,7 @@ async def _work_until_stopped(settings: Settings, transport: Transport, *, of_a_
     stops = itertools.chain([pool.drain], itertools.repeat(pool.stop))
     _on_signal(lambda: next(stops)())
     if of_a_service:
-        _give_way()
+        _lower_priority()
         _on_closed_stdin(pool.drain)
     else:
         _greet_worker(settings)
@@ -300,7 +300,7 @@ async def _work_until_stopped(settings: Settings, transport: Transport, *, of_a_
         await engine.dispose()
 
 
-def _give_way() -> None:
+def _lower_priority() -> None:
     """Let the API and PostgreSQL, which clients wait for, have the CPU before this worker, which takes all it gets.
 
     Where Linux shares the CPU among sessions first (autogroup), a process's niceness counts within its own only.

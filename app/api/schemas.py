@@ -308,7 +308,9 @@ class JobView(View):
     wire_bytes: int | None = Field(description="Bytes of the body as received.", examples=[628])
     total_ms: float | None = Field(description="Milliseconds of the last attempt.", examples=[182.4])
     created_at: datetime
-    started_at: datetime | None
+    started_at: datetime | None = Field(
+        description="When a worker took it for its last attempt; it may have waited there for its host.", examples=[None]
+    )
     finished_at: datetime | None
 
 

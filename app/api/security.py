@@ -76,7 +76,8 @@ class Outermost:
         except ClientDisconnect:
             return
         except asyncio.CancelledError:
-            # The server stops, and this has outlasted its grace. It would log it as a fault of ours.
+            # The service stops, and this has outlasted the grace. Not raised again: nothing else runs in this task, and
+            # uvicorn would log it as a fault.
             logger.warning("Request %s is left: %s %s", request_id, scope["method"], scope["path"])
             if not started:
                 await respond(Problem(STOPPING), request_id=request_id)(scope, receive, send_marked)

@@ -3,7 +3,6 @@
 Of jobs it knows only how many share a body; `batches` erases the bodies that none wants any more.
 """
 
-import struct
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -35,8 +34,6 @@ SMALL_BYTES_MAX = 128 * 2**10
 """Bodies up to this size are packed within half a millisecond; larger ones are best packed in a thread."""
 
 COLUMNS = ("shard", "sha256", "encoding", "content")
-_ROW_START = struct.Struct("!hihi32si")
-_LENGTH = struct.Struct("!i")
 
 
 def pack(content: bytes) -> Packed:
@@ -107,24 +104,24 @@ async def store(
 
     `counts` says how many jobs bring each; those beyond a body's first are counted in `body_shared`. Nobody erases any
     of them before the transaction's end. COPY takes half the time of an INSERT, but knows no ON CONFLICT: raises
-    `Conflict`, rarely.
+    `Conflict`, rarely. Without it all bodies are offered again, the `seen` too, for it locks them all in key order.
     """
     if not packed:
         return
-    kept = await _keep(session, seen) if seen and by_copy else set()
-    new = sorted(packed.keys() - kept)
     if by_copy:
-        await _copy(session, new, packed)
+        kept = await _keep(session, seen) if seen else set()
+        new = sorted(packed.keys() - kept)
+        await _copy(session, new, packed=packed)
     else:
-        new = await _insert(session, new, packed)
+        new = await _insert(session, sorted(packed), packed=packed)
     await _share(session, counts - Counter(new))
 
 
-async def _copy(session: AsyncSession, keys: Sequence[Key], packed: Mapping[Key, Packed]) -> None:
+async def _copy(session: AsyncSession, keys: Sequence[Key], *, packed: Mapping[Key, Packed]) -> None:
     if not keys:
         return
     try:
-        await copying.copy(session, "body", COLUMNS, _pieces(keys, packed))
+        await copying.copy(session, "body", columns=COLUMNS, pieces=_pieces(keys, packed))
     except asyncpg.UniqueViolationError as error:
         raise Conflict from error
 
@@ -132,16 +129,15 @@ async def _copy(session: AsyncSession, keys: Sequence[Key], packed: Mapping[Key,
 def _pieces(keys: Sequence[Key], packed: Mapping[Key, Packed]) -> Iterator[bytes]:
     for shard, sha256 in keys:
         content, encoding = packed[shard, sha256]
-        name = encoding.encode("ascii")
-        yield _ROW_START.pack(4, 2, shard, 32, sha256, len(name)) + name + _LENGTH.pack(len(content))
-        yield content
+        yield copying.row(len(COLUMNS)) + copying.smallint(shard) + copying.field(sha256) + copying.text(encoding)
+        yield from copying.field_in_pieces(content)
 
 
 async def _keep(session: AsyncSession, keys: Collection[Key]) -> set[Key]:
     return {(row.shard, row.sha256) for row in await session.execute(KEEP, _columns(keys))}
 
 
-async def _insert(session: AsyncSession, keys: Sequence[Key], packed: Mapping[Key, Packed]) -> list[Key]:
+async def _insert(session: AsyncSession, keys: Sequence[Key], *, packed: Mapping[Key, Packed]) -> list[Key]:
     """Return those that were not there."""
     contents, encodings = map(list, zip(*(packed[key] for key in keys), strict=True))
     rows = await session.execute(INSERT, _columns(keys) | {"contents": contents, "encodings": encodings})

@@ -7,7 +7,6 @@ file, which it would read in a thread. A row is the number of its fields (int16)
 import asyncio
 import struct
 from collections.abc import AsyncIterator, Iterable, Sequence
-from itertools import chain
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -23,24 +22,24 @@ _START = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 _END = b"\xff\xff"
 """A signature, no flags and no extension; and a row of -1 fields."""
 _LENGTH = struct.Struct("!i")
+_ROW, _SMALLINT, _INTEGER, _BIGINT, _BOOLEAN = map(struct.Struct, ("!h", "!ih", "!ii", "!iq", "!i?"))
 _JSONB_VERSION = b"\x01"
 _SMALLINT_OID, _UUID_OID = 21, 2950
 
 
 async def copy(
-    session: AsyncSession, table: str, columns: Sequence[str], pieces: Iterable[bytes], *, gives_way: bool = False
+    session: AsyncSession, table: str, *, columns: Sequence[str], pieces: Iterable[bytes], pauses: bool = False
 ) -> None:
     """Put rows into a table, in a transaction that has executed a statement; raises the driver's own errors.
 
-    `pieces` are rows, or parts of them. `gives_way`: the loop has a turn after each 64 KiB, however fast they go.
+    `pieces` are rows, or parts of them. `pauses`: the loop has a turn after each 64 KiB, however fast they go. Not for
+    a worker, whose turns take long, and rows are few.
     """
     driver = await database.driver(session)
-    await driver.copy_to_table(
-        table, source=_in_chunks(pieces, gives_way=gives_way), columns=list(columns), format="binary"
-    )
+    await driver.copy_to_table(table, source=_in_chunks(pieces, pauses=pauses), columns=list(columns), format="binary")
 
 
-async def _in_chunks(pieces: Iterable[bytes], *, gives_way: bool) -> AsyncIterator[bytes]:
+async def _in_chunks(pieces: Iterable[bytes], *, pauses: bool) -> AsyncIterator[bytes]:
     parts, size = [_START], 0
     for piece in pieces:
         parts.append(piece)
@@ -48,34 +47,66 @@ async def _in_chunks(pieces: Iterable[bytes], *, gives_way: bool) -> AsyncIterat
         if size >= CHUNK_BYTES:
             yield b"".join(parts)
             parts, size = [], 0
-            if gives_way:
+            if pauses:
                 await asyncio.sleep(0)
     yield b"".join((*parts, _END))
 
 
+# What a row is made of, in the order of its columns.
+
+
+def row(field_count: int) -> bytes:
+    """Begin a row."""
+    return _ROW.pack(field_count)
+
+
 def field(value: bytes) -> bytes:
-    """Write a field of bytes, or of UTF-8."""
+    """Make a field of bytes as they are: bytea, uuid, or UTF-8."""
     return _LENGTH.pack(len(value)) + value
 
 
+def field_in_pieces(value: bytes) -> tuple[bytes, bytes]:
+    """Make a field of bytes that may be many, without copying them."""
+    return _LENGTH.pack(len(value)), value
+
+
 def text(value: str | None) -> bytes:
-    """Write a field of text."""
+    """Make a field of text."""
     return NULL if value is None else field(value.encode())
 
 
 def jsonb(value: str | None) -> bytes:
-    """Write a field of jsonb, given as JSON."""
+    """Make a field of jsonb, given as JSON."""
     return NULL if value is None else field(_JSONB_VERSION + value.encode())
 
 
+def smallint(value: int) -> bytes:
+    """Make a field of smallint."""
+    return _SMALLINT.pack(2, value)
+
+
+def integer(value: int) -> bytes:
+    """Make a field of integer."""
+    return _INTEGER.pack(4, value)
+
+
+def boolean(value: bool) -> bytes:
+    """Make a field of boolean."""
+    return _BOOLEAN.pack(1, value)
+
+
+def timestamp(since_2000_us: int) -> bytes:
+    """Make a field of timestamptz."""
+    return _BIGINT.pack(8, since_2000_us)
+
+
 def smallints(values: Sequence[int]) -> bytes:
-    """Write a field of smallint[]."""
-    elements = struct.pack("!" + "ih" * len(values), *chain.from_iterable((2, value) for value in values))
-    return field(_array_head(_SMALLINT_OID, len(values)) + elements)
+    """Make a field of smallint[]."""
+    return field(_array_head(_SMALLINT_OID, len(values)) + b"".join(map(smallint, values)))
 
 
 def uuids(values: Sequence[bytes]) -> bytes:
-    """Write a field of uuid[]; 16 bytes each."""
+    """Make a field of uuid[]; 16 bytes each."""
     return field(_array_head(_UUID_OID, len(values)) + b"".join(map(field, values)))
 
 

@@ -14,7 +14,7 @@ _HALVES = struct.Struct(">QQ")
 def new_batch_id() -> UUID:
     """Make a UUID version 7 (RFC 9562, 5.7): batches sort by the time they were accepted."""
     middle, last = struct.unpack(">HQ", os.urandom(10))
-    return UUID(bytes=_bytes(_now_ms(), version=7, middle=middle & 0xFFF, last=last))
+    return UUID(bytes=_id_bytes(_now_ms(), version=7, middle=middle & 0xFFF, last=last))
 
 
 def new_job_ids(host_hashes: Sequence[int]) -> list[bytes]:
@@ -25,7 +25,7 @@ def new_job_ids(host_hashes: Sequence[int]) -> list[bytes]:
     now_ms = _now_ms()
     entropy = struct.unpack(f">{len(host_hashes)}Q", os.urandom(8 * len(host_hashes)))
     return [
-        _bytes(now_ms, version=8, middle=host_hash, last=last)
+        _id_bytes(now_ms, version=8, middle=host_hash, last=last)
         for host_hash, last in zip(host_hashes, entropy, strict=True)
     ]
 
@@ -56,6 +56,6 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _bytes(now_ms: int, *, version: int, middle: int, last: int) -> bytes:
+def _id_bytes(now_ms: int, *, version: int, middle: int, last: int) -> bytes:
     variant_and_random = last & 0x3FFF_FFFF_FFFF_FFFF | 0x8000_0000_0000_0000
     return _HALVES.pack(now_ms << 16 | version << 12 | middle, variant_and_random)

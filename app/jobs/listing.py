@@ -4,7 +4,6 @@ Instead of an index on the jobs, to which each change of a job would add an entr
 writes no job itself.
 """
 
-import struct
 from collections.abc import Iterator, Sequence
 from uuid import UUID
 
@@ -13,22 +12,20 @@ from app.jobs import copying
 LISTED_MAX = 100
 """Keys in a row, which is then 1.8 KB: not compressed, and kept in its page."""
 
-COLUMNS = ("batch_id", "first_position", "shards", "ids")
-_ROW_START = struct.Struct("!hi16sii")
-
-
-def rows(batch_id: UUID, shards: Sequence[int], ids: Sequence[bytes]) -> Iterator[bytes]:
-    """Write the rows of a batch's list for COPY; the keys are in the client's order."""
-    for first in range(0, len(ids), LISTED_MAX):
-        row = slice(first, first + LISTED_MAX)
-        start = _ROW_START.pack(len(COLUMNS), 16, batch_id.bytes, 4, first)
-        yield start + copying.smallints(shards[row]) + copying.uuids(ids[row])
-
-
 IN_ORDER = "listed.first_position, listed.number"
 """The order of the client, of a subquery named `listed`, which has the first of it: so it takes a sort of each row's
 keys only, and a page ends with the row it ends in. Within the subquery the planner, which ignores the page's limit
 there, might read and sort the whole list."""
+
+COLUMNS = ("batch_id", "first_position", "shards", "ids")
+
+
+def rows(batch_id: UUID, *, shards: Sequence[int], ids: Sequence[bytes]) -> Iterator[bytes]:
+    """Make the rows of a batch's list, for COPY; the keys are in the client's order."""
+    start = copying.row(len(COLUMNS)) + copying.field(batch_id.bytes)
+    for first in range(0, len(ids), LISTED_MAX):
+        some = slice(first, first + LISTED_MAX)
+        yield start + copying.integer(first) + copying.smallints(shards[some]) + copying.uuids(ids[some])
 
 
 def list_keys(*, since: str = "0", before: str | None = None) -> str:

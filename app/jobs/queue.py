@@ -5,7 +5,6 @@ taken in one order everywhere (host, job, attempt, body, body_shared, tally, his
 each, so that they cannot deadlock. Decides nothing about retries: it stores what the worker decided.
 """
 
-import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from http import HTTPStatus
@@ -65,9 +64,6 @@ JOB_COLUMNS = (
     *("shard", "id", "batch_id", "position", "repeatable", "status", "run_at"),
     *("host", "url", "request", "custom_id", "metadata"),
 )
-_JOB_START = struct.Struct("!hihi16si16siii?i6siq")
-"""Of a row for COPY: the number of its fields, and the first seven."""
-_NOTHING_MORE = 3 * copying.NULL
 
 INSERT_TALLIES = text("""
     INSERT INTO tally (shard, batch_id, total, queued)
@@ -95,11 +91,14 @@ async def enqueue(session: AsyncSession, batch: NewBatch, jobs: NewJobs) -> None
     now_us = await _insert_batch(session, batch, len(jobs))
     ids: list[bytes] = []
     for start in range(0, len(jobs), COPY_ROWS_MAX):
-        rows = _job_rows(batch, jobs, ids, range(start, min(start + COPY_ROWS_MAX, len(jobs))), now_us=now_us)
-        await copying.copy(session, "job", JOB_COLUMNS, rows, gives_way=True)
+        positions = range(start, min(start + COPY_ROWS_MAX, len(jobs)))
+        ids += new_job_ids(jobs.host_hashes[positions.start : positions.stop])
+        rows = _job_rows(batch, jobs, ids=ids, positions=positions, first_run_at_us=now_us - len(jobs))
+        await copying.copy(session, "job", columns=JOB_COLUMNS, pieces=rows, pauses=True)
     shards = list(map(shard_of_hash, jobs.host_hashes))
     if ids:
-        await copying.copy(session, "batch_jobs", listing.COLUMNS, listing.rows(batch.id, shards, ids), gives_way=True)
+        rows = listing.rows(batch.id, shards=shards, ids=ids)
+        await copying.copy(session, "batch_jobs", columns=listing.COLUMNS, pieces=rows, pauses=True)
     totals = Counter(shards)
     await session.execute(
         INSERT_TALLIES, {"batch_id": batch.id, "shards": list(totals), "totals": list(totals.values())}
@@ -127,33 +126,42 @@ async def _insert_batch(session: AsyncSession, batch: NewBatch, total: int) -> i
     return now_us
 
 
-def _job_rows(batch: NewBatch, jobs: NewJobs, ids: list[bytes], positions: range, *, now_us: int) -> Iterator[bytes]:
-    """Write the rows of these jobs for COPY, and add their ids to those of the jobs before.
+def _job_rows(
+    batch: NewBatch, jobs: NewJobs, *, ids: Sequence[bytes], positions: range, first_run_at_us: int
+) -> Iterator[bytes]:
+    """Make the rows of the jobs at these positions, for COPY.
 
     Their `run_at` is a microsecond apart, and all of them are due: what a claim's index gives first is then what the
     client gave first.
     """
     shared, retry_unsafe = batch.options.get("method", "GET"), bool(batch.options.get("retry_unsafe", False))
     hosts, hashes = jobs.hosts, jobs.host_hashes
+    start, batch_id, queued = copying.row(len(JOB_COLUMNS)), copying.field(batch.id.bytes), copying.text("queued")
+    for at in _neighbours_together(jobs, positions):
+        yield b"".join(
+            (
+                start,
+                copying.smallint(shard_of_hash(hashes[at])),
+                copying.field(ids[at]),
+                batch_id,
+                copying.integer(at),
+                copying.boolean(retry_unsafe or (jobs.methods[at] or shared) in SAFE_METHODS),
+                queued,
+                copying.timestamp(first_run_at_us + at),
+                copying.text(hosts[at]),
+                copying.text(jobs.urls[at]),
+                copying.jsonb(jobs.requests[at]),
+                copying.text(jobs.custom_ids[at]),
+                copying.jsonb(jobs.metadatas[at]),
+            )
+        )
+
+
+def _neighbours_together(jobs: NewJobs, positions: range) -> Iterator[int]:
+    hosts, hashes = jobs.hosts, jobs.host_hashes
     for start in range(positions.start, positions.stop, NEIGHBOURS_MAX):
         part = range(start, min(start + NEIGHBOURS_MAX, positions.stop))
-        ids += new_job_ids(hashes[part.start : part.stop])
-        for at in sorted(part, key=lambda at: (hashes[at], hosts[at])):
-            yield _JOB_START.pack(
-                *(len(JOB_COLUMNS), 2, shard_of_hash(hashes[at]), 16, ids[at], 16, batch.id.bytes, 4, at),
-                *(1, retry_unsafe or (jobs.methods[at] or shared) in SAFE_METHODS, 6, b"queued"),
-                *(8, now_us - len(jobs) + at),
-            ) + _job_texts(jobs, at)
-
-
-def _job_texts(jobs: NewJobs, at: int) -> bytes:
-    request, custom_id, metadata = jobs.requests[at], jobs.custom_ids[at], jobs.metadatas[at]
-    more = (
-        _NOTHING_MORE
-        if request is custom_id is metadata is None
-        else copying.jsonb(request) + copying.text(custom_id) + copying.jsonb(metadata)
-    )
-    return copying.text(jobs.hosts[at]) + copying.text(jobs.urls[at]) + more
+        yield from sorted(part, key=lambda at: (hashes[at], hosts[at]))
 
 
 # The last batch that waits at a host, found from the end of the index; nothing when it is among the `chosen` already.

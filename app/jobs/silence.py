@@ -23,7 +23,8 @@ IN_USE_S = 1.5
 ASK_TIMEOUT_S = 2.0
 
 # A server that works on a statement is active; one that has just ended it may have its answer on the way. A statement
-# of which only the first message came is active too, while its server waits for us. It does so all through a COPY.
+# of which only the first message came is active too, while its server waits for us. So it is all through a COPY, which
+# is therefore left to the time of a statement.
 AT_WORK = """
     SELECT pid FROM pg_stat_activity
     WHERE pid = ANY($1::int[]) AND (

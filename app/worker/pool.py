@@ -35,7 +35,7 @@ FULL_PAUSE_S = 0.1
 CLAIM_PAUSE_S = 0.02
 """Shortest pause between two claims, so that each claims many jobs."""
 BEATEN_PAUSE_S = 0.005
-"""The same when another worker had just locked all that is due, most of which it leaves some milliseconds later."""
+"""The same, once, when another worker had just locked all that is due, only to leave most of it milliseconds later."""
 ASK_CANCELLED_S = 1.0
 BEAT_S = 10.0
 FAILED_PAUSE_S = 1.0
@@ -221,18 +221,22 @@ class Pool:
         claimed = await self._claim_due(room) if due_s <= 0 else {}
         if due_s <= 0 and not claimed:
             due_s = await self._find_next_due_s()
-        was_beaten, self._was_beaten = self._was_beaten, due_s <= 0 and not claimed
+        shortest_s = self._shortest_pause_s(is_beaten=due_s <= 0 and not claimed)
         self._claimed_at = time.monotonic()
         self._is_all_parked = due_s == float("inf")
         # a hint that came meanwhile may be of what was not there yet
         pause_s = 0.0 if self._is_hinted else min(due_s, self._poll_s())
-        shortest_s = BEATEN_PAUSE_S if self._was_beaten and not was_beaten else CLAIM_PAUSE_S
         self._may_claim_at = self._claimed_at + max(shortest_s, pause_s)
         was_cut = sum(len(jobs) for jobs in claimed.values()) >= room
         for lease, jobs in claimed.items():
             hold = self._keeper.hold(lease, now, concurrency=settings.host_concurrency, delay_s=settings.host_delay_s)
             hold.is_dry = _found_all(jobs, wanted=self._first_of_each) and not was_cut
             self._slots.supply(hold, jobs)
+
+    def _shortest_pause_s(self, *, is_beaten: bool) -> float:
+        """Return the pause after a claim; `is_beaten`: hosts are due and it got none, for others had locked them."""
+        was_beaten, self._was_beaten = self._was_beaten, is_beaten
+        return BEATEN_PAUSE_S if is_beaten and not was_beaten else CLAIM_PAUSE_S
 
     @property
     def _first_of_each(self) -> int:
