@@ -309,7 +309,8 @@ class JobView(View):
     total_ms: float | None = Field(description="Milliseconds of the last attempt.", examples=[182.4])
     created_at: datetime
     started_at: datetime | None = Field(
-        description="When a worker took it for its last attempt; it may have waited there for its host.", examples=[None]
+        description="When a worker took it for its last attempt; it may have waited there for its host.",
+        examples=[None],
     )
     finished_at: datetime | None
 

@@ -121,16 +121,18 @@ async def _copy(session: AsyncSession, keys: Sequence[Key], *, packed: Mapping[K
     if not keys:
         return
     try:
-        await copying.copy(session, "body", columns=COLUMNS, pieces=_pieces(keys, packed))
+        await copying.copy(session, "body", columns=COLUMNS, rows=_rows(keys, packed))
     except asyncpg.UniqueViolationError as error:
         raise Conflict from error
 
 
-def _pieces(keys: Sequence[Key], packed: Mapping[Key, Packed]) -> Iterator[bytes]:
+def _rows(keys: Sequence[Key], packed: Mapping[Key, Packed]) -> Iterator[bytes]:
+    start = copying.row(len(COLUMNS))
     for shard, sha256 in keys:
         content, encoding = packed[shard, sha256]
-        yield copying.row(len(COLUMNS)) + copying.smallint(shard) + copying.field(sha256) + copying.text(encoding)
-        yield from copying.field_in_pieces(content)
+        yield b"".join(
+            (start, copying.smallint(shard), copying.field(sha256), copying.text(encoding), copying.field(content))
+        )
 
 
 async def _keep(session: AsyncSession, keys: Collection[Key]) -> set[Key]:
