@@ -99,8 +99,8 @@ def _read_list(text: str, at: int, each: Each) -> int:
 def _elements(text: str, at: int) -> tuple[list[Any], int, bool]:
     """Parse the elements that lie in one window of the text, at least one; say whether the list ends with them."""
     window, end, closed = text[at : at + WINDOW_CHARS], 0, False
-    comma = max(0, window.rfind(","))
-    if values := _all_of(window[:comma]):
+    comma = window.rfind("},") + 1 if window.startswith("{") else window.rfind(",")  # probably between two elements
+    if values := _all_of(window[: max(0, comma)]):
         return values, _skip(text, at + comma + 1), False
     with suppress(ValueError, RecursionError):  # cut off by the window, or no JSON: tried again below
         while not closed:

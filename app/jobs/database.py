@@ -28,7 +28,10 @@ MIGRATION_LOCK = 7_306_080_214
 
 ASYNCPG = "postgresql+asyncpg://"
 URL_PARAMETERS = frozenset({"host", "port", "sslmode"})
-SESSION = {"application_name": "fetchpool", "timezone": "UTC", "jit": "off"}
+KEEPALIVES = {"tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5", "tcp_keepalives_count": "3"}
+"""Seconds, and how many: PostgreSQL misses a client whose machine is gone, even while it waits for the rest of a COPY,
+for which there is no other time-out."""
+SESSION = {"application_name": "fetchpool", "timezone": "UTC", "jit": "off"} | KEEPALIVES
 GENERIC_PLANS = {"plan_cache_mode": "force_generic_plan"}
 WITHOUT_PREPARED: dict[str, Any] = {
     "statement_cache_size": 0,
