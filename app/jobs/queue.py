@@ -94,10 +94,10 @@ async def enqueue(session: AsyncSession, batch: NewBatch, jobs: NewJobs) -> None
         positions = range(start, min(start + IDS_MAX, len(jobs)))
         ids += new_job_ids(jobs.host_hashes[positions.start : positions.stop])
         job_rows = _job_rows(batch, jobs, ids=ids, positions=positions, first_run_at_us=now_us - len(jobs))
-        await copying.copy(session, "job", columns=JOB_COLUMNS, rows=job_rows)
+        await copying.copy(session, "job", columns=JOB_COLUMNS, rows=job_rows, pauses=True)
     shards = list(map(shard_of_hash, jobs.host_hashes))
     list_rows = listing.rows(batch.id, shards=shards, ids=ids)
-    await copying.copy(session, "batch_jobs", columns=listing.COLUMNS, rows=list_rows)
+    await copying.copy(session, "batch_jobs", columns=listing.COLUMNS, rows=list_rows, pauses=True)
     totals = Counter(shards)
     await session.execute(
         INSERT_TALLIES, {"batch_id": batch.id, "shards": list(totals), "totals": list(totals.values())}
