@@ -277,6 +277,7 @@ async def test_a_result_that_comes_after_its_lease_is_counted_and_its_job_cleare
     async with serving() as site, service.worker():
         batch_id = await service.submit(site.url("/held"))
         await site.wait_for_hits(1)
+        await until(lambda: is_renewed(sessions))  # or it would learn of what follows at once, and stop
         async with sessions.begin() as session:  # as another's claim did, though the lease had not ended
             await session.execute(text("UPDATE host SET lease = lease + 1, owner = NULL, next_at = 'infinity'"))
             await session.execute(
@@ -297,6 +298,13 @@ async def test_a_result_that_comes_after_its_lease_is_counted_and_its_job_cleare
         await service.finished(batch_id)
     async with sessions.begin() as session:
         assert not await session.scalar(text("SELECT count(*) FROM worker"))
+
+
+async def is_renewed(sessions: Sessions) -> bool:
+    """Whether the only host's lease ends later than its claim, which also started the job, had it end."""
+    ends_later = text("SELECT next_at > started_at + make_interval(secs => 30) FROM host CROSS JOIN job")
+    async with sessions.begin() as session:
+        return bool(await session.scalar(ends_later))
 
 
 async def dropped(sessions: Sessions) -> int:
