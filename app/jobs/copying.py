@@ -40,13 +40,13 @@ async def copy(
     rows are few.
     """
     driver = await database.driver(session)
-    left = iter(rows)
-    while (first := next(left, None)) is not None:
+    coming = iter(rows)
+    while (first := next(coming, None)) is not None:
         async with _in_time(driver):
             await driver.copy_to_table(
                 table,
-                source=_in_chunks(chain((first,), left), pauses=pauses),
-                columns=list(columns),
+                source=_in_chunks(chain((first,), coming), pauses=pauses),
+                columns=columns,
                 format="binary",
                 timeout=2 * database.COMMAND_TIMEOUT_S,  # ours comes first
             )
