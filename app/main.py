@@ -184,6 +184,10 @@ def _stop(api: FastAPI, server: "_Server", workers: Processes) -> None:
 class _Server(uvicorn.Server):
     """uvicorn, except that signals are the composition root's: it has more to stop than this."""
 
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._stopping = asyncio.Event()
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Capture none."""
@@ -195,6 +199,10 @@ class _Server(uvicorn.Server):
             await asyncio.sleep(0.01)
         return self.started
 
+    async def main_loop(self) -> None:
+        """Wait to be told to stop; uvicorn's own would look ten times a second."""
+        await self._stopping.wait()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Shut down as uvicorn does, and end the application's lifespan even when forced to hurry."""
         await super().shutdown(sockets)
@@ -205,6 +213,7 @@ class _Server(uvicorn.Server):
         """End the requests under way within `API_GRACE_S`; when asked again, at once."""
         self.force_exit = self.should_exit
         self.should_exit = True
+        self._stopping.set()
 
 
 def _uvicorn_config(api: FastAPI) -> uvicorn.Config:
@@ -216,6 +225,7 @@ def _uvicorn_config(api: FastAPI) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        date_header=False,  # the application has it
         # No proxy is trusted to name the client or the scheme: nothing here depends on them.
         proxy_headers=False,
         timeout_graceful_shutdown=API_GRACE_S,

@@ -114,9 +114,30 @@ async def test_the_curl_line_works_as_pasted(data_dir: Path, site: str) -> None:
             assert ("id" in json.loads(answer)) is is_let_in
 
 
+async def test_at_rest_hardly_anything_wakes(data_dir: Path, site: str) -> None:
+    """A wake costs up to a millisecond, for the caches are cold; each wait for an answer of PostgreSQL is counted too."""
+    async with serving(data_dir) as service:
+        await service.finished((await service.post([site]))["id"])
+        [worker] = service.worker_pids()
+        await asyncio.sleep(3)
+        before = [_wakes(pid) for pid in (service.pid, worker)]
+        await asyncio.sleep(10)
+        of_api, of_worker = (_wakes(pid) - count for pid, count in zip((service.pid, worker), before, strict=True))
+    assert of_api <= 10
+    assert of_worker <= 40
+
+
+def _wakes(pid: int) -> int:
+    """How often a process has waited so far, on all its threads."""
+    said = [status.read_text() for status in Path(f"/proc/{pid}/task").glob("*/status")]
+    return sum(int(re.search(r"^voluntary_ctxt_switches:\s+(\d+)", text, re.MULTILINE)[1]) for text in said)  # type: ignore[index]
+
+
 async def test_the_docs_are_where_it_says(data_dir: Path) -> None:
     async with serving(data_dir, workers=0) as service, httpx2.AsyncClient() as client:
-        assert (await client.get(f"{service.url}/docs")).status_code == 200
+        docs = await client.get(f"{service.url}/docs")
+        assert docs.status_code == 200
+        assert len(docs.headers.get_list("Date")) == 1
         assert (await client.get(f"{service.url}/readyz")).status_code == 200
 
 

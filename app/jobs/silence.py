@@ -6,8 +6,7 @@ ended: there is nothing better to be had.
 """
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -47,31 +46,37 @@ async def watching(engine: AsyncEngine, url: str) -> AsyncIterator[None]:
 
 
 class _Watch:
+    """A timer for each use, so that a process at rest is not woken to look."""
+
     def __init__(self, engine: AsyncEngine, url: str) -> None:
         self._url = url
-        self._in_use: dict[asyncpg.Connection, float] = {}
+        self._in_use: dict[asyncpg.Connection, asyncio.TimerHandle] = {}
+        self._long_in_use: set[asyncpg.Connection] = set()
+        self._is_due = asyncio.Event()
         event.listen(engine.sync_engine, "checkout", self._note_checkout)
         event.listen(engine.sync_engine, "checkin", self._note_checkin)
 
     async def run(self) -> None:
-        """Look for ever."""
+        """Look for ever, while anything is in use for long."""
         while True:
-            await asyncio.sleep(LOOK_EVERY_S)
-            if long_in_use := self._long_in_use():
+            await self._is_due.wait()
+            if long_in_use := self._find_long_in_use():
                 with suppress(TimeoutError, *DATABASE_ERRORS):
                     await self._end_silent(long_in_use)
+                await asyncio.sleep(LOOK_EVERY_S)
+            else:
+                self._is_due.clear()
 
-    def _long_in_use(self) -> Sequence[asyncpg.Connection]:
-        now = time.monotonic()
-        self._in_use = {each: since for each, since in self._in_use.items() if not each.is_closed()}
-        return [each for each, since in self._in_use.items() if now - since >= IN_USE_S]
+    def _find_long_in_use(self) -> dict[asyncpg.Connection, asyncio.TimerHandle]:
+        """Return the connections, each with its present use."""
+        for each in [each for each in self._in_use if each.is_closed()]:
+            self._end_use(each)
+        return {each: use for each, use in self._in_use.items() if each in self._long_in_use}
 
-    async def _end_silent(self, connections: Sequence[asyncpg.Connection]) -> None:
-        asked_at = time.monotonic()
+    async def _end_silent(self, connections: Mapping[asyncpg.Connection, asyncio.TimerHandle]) -> None:
         at_work = await self._find_at_work([each.get_server_pid() for each in connections])
-        for each in connections:
-            is_in_same_use = self._in_use.get(each, asked_at) < asked_at
-            if is_in_same_use and each.get_server_pid() not in at_work:
+        for each, use in connections.items():
+            if self._in_use.get(each) is use and each.get_server_pid() not in at_work:
                 each.terminate()  # who waits for it has its error now, and the engine makes all its connections anew
 
     async def _find_at_work(self, pids: Sequence[int]) -> set[int]:
@@ -86,8 +91,18 @@ class _Watch:
                 connection.terminate()
 
     def _note_checkout(self, adapted: Any, *_: object) -> None:
-        self._in_use[adapted.driver_connection] = time.monotonic()
+        connection = adapted.driver_connection
+        self._in_use[connection] = asyncio.get_running_loop().call_later(IN_USE_S, self._note_long_use, connection)
+
+    def _note_long_use(self, connection: asyncpg.Connection) -> None:
+        self._long_in_use.add(connection)
+        self._is_due.set()
 
     def _note_checkin(self, adapted: Any, *_: object) -> None:
         if adapted is not None:  # it was given up
-            self._in_use.pop(adapted.driver_connection, None)
+            self._end_use(adapted.driver_connection)
+
+    def _end_use(self, connection: asyncpg.Connection) -> None:
+        if (use := self._in_use.pop(connection, None)) is not None:
+            use.cancel()
+            self._long_in_use.discard(connection)

@@ -35,6 +35,7 @@ class Keeper:
         self._transport = transport
         self._margin_s = min(STOP_BEFORE_S, lease_s / 4)
         self._renewed_at = float("-inf")
+        self._held = asyncio.Event()
 
     @property
     def renews_at(self) -> float:
@@ -60,10 +61,13 @@ class Keeper:
     async def watch(self) -> None:
         """Stop what runs on an ending lease, for ever, even while the pool waits for a database that is silent."""
         while True:
+            await self._held.wait()
             await asyncio.sleep(self._margin_s / 2)
             now = time.monotonic()
             for hold in [hold for hold in self._holds.values() if now >= hold.stops_at]:
                 self._lose(hold)
+            if not self._holds:
+                self._held.clear()
 
     def hold(self, lease: Lease, claimed_at: float, *, concurrency: int, delay_s: float) -> Hold:
         """Hold a host whose claim was sent at `claimed_at`."""
@@ -78,6 +82,7 @@ class Keeper:
         if (expired := self._holds.get(hold.key)) is not None:
             self._lose(expired)
         self._holds[hold.key] = hold
+        self._held.set()
         return hold
 
     async def release(self, *, everything: bool) -> None:

@@ -182,7 +182,7 @@ class Pool:
 
     def _poll_s(self) -> float:
         is_at_rest = self._is_all_parked and self._listener.is_hearing and self._drain_by is None
-        return (REST_S if is_at_rest else POLL_S) * random.uniform(0.5, 1.0)
+        return (REST_S if is_at_rest else POLL_S) * random.uniform(0.8, 1.0)
 
     def _is_drained(self) -> bool:
         """Nothing is held any more, or the database has been away for so long that the leases end by themselves."""

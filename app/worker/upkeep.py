@@ -8,7 +8,6 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 
 from app.jobs import batches, database, hints, hosts, queue
 from app.jobs.batches import Chores
@@ -17,8 +16,8 @@ from app.jobs.hints import Listener
 
 PAUSE_S = 1.0
 """Between two rounds."""
-REST_S = 4.0
-"""At most added to it while there is no batch to follow up and hints are heard; the hint of a new batch ends it."""
+REST_S = 5.0
+"""At most, in its place, while there is no batch to follow up and hints are heard; the hint of a new batch ends it."""
 FINISH_EVERY_S = 5.0
 """Between two looks for batches to finish."""
 SWEEP_EVERY_S = 15.0
@@ -61,12 +60,18 @@ class Upkeep:
         self._woken.set()
 
     async def _pause(self) -> None:
+        is_at_rest = self._is_resting and self._listener.is_hearing
+        if is_at_rest and not await self._is_woken_within(REST_S * random.uniform(0.8, 1.0)):
+            return
         await asyncio.sleep(PAUSE_S * random.uniform(0.75, 1.25))
-        if self._is_resting and self._listener.is_hearing:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(REST_S * random.uniform(0.5, 1.0)):
-                    await self._woken.wait()
         self._woken.clear()
+
+    async def _is_woken_within(self, rest_s: float) -> bool:
+        try:
+            async with asyncio.timeout(rest_s):
+                return await self._woken.wait()
+        except TimeoutError:
+            return False
 
     async def _round(self) -> None:
         self._is_resting = False

@@ -81,7 +81,9 @@ def calling(app: ASGIApp, **headers: str) -> httpx2.AsyncClient:
 @asynccontextmanager
 async def served(app: FastAPI) -> AsyncIterator[str]:
     """Serve the application on a free port of 127.0.0.1; gives its URL."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=0, log_level="warning", date_header=False, timeout_graceful_shutdown=5
+    )
     server = uvicorn.Server(config)
     # Signals belong to pytest.
     serving = asyncio.create_task(server._serve())

@@ -1,5 +1,7 @@
 """Who is answered: by which Host, from which page, with which token."""
 
+import time
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx2
@@ -103,3 +105,10 @@ async def test_every_answer_carries_a_request_id(make_app: AppMaker) -> None:
         made = await api.get("/nowhere", headers={"X-Request-ID": "no\tgood"})
     assert made.headers["X-Request-ID"] == made.json()["request_id"] != "no\tgood"
     assert len(made.headers["X-Request-ID"]) == 32
+
+
+async def test_every_answer_is_dated(make_app: AppMaker) -> None:
+    async with calling(make_app()) as api:
+        for path in ("/v1/batches", "/nowhere", "/docs"):
+            [date] = (await api.get(path)).headers.get_list("Date")
+            assert abs(parsedate_to_datetime(date).timestamp() - time.time()) < 60
