@@ -89,7 +89,6 @@ class Stage:
         self.seed = seed
         self.folder = folder
         self.settings = settings
-        self.port = _free_port()
         self.exits: Counter[str] = Counter()
         self.done: Counter[Kind] = Counter()
         self.faults: list[str] = []
@@ -129,6 +128,7 @@ class Stage:
         async with AsyncExitStack() as stack:
             self._postgres: Postgres = await stack.enter_async_context(own_postgres(self.folder / "data"))
             self._proxy: Proxy = await stack.enter_async_context(proxying(self._postgres.socket_path))
+            self.port = _free_port()  # last of all: what listens after this might be given the same
             self.workers = [Seat("worker", number, self) for number in range(worker_count)]
             keeping = [asyncio.create_task(self._api.keep())]
             stack.push_async_callback(_cancel, keeping)
