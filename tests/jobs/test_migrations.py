@@ -55,6 +55,7 @@ async def test_a_migration_gives_way_to_a_transaction_at_work_and_comes_again(se
     url = with_database(server_url, name)
     await migrate(url)
     other = await connect(url)
+    newest = await other.fetchval("SELECT version_num FROM alembic_version")
     await other.execute("ALTER TABLE attempt DROP COLUMN charged; UPDATE alembic_version SET version_num = '0004'")
     await other.execute("DROP TABLE batch_jobs, body_shared; CREATE INDEX job_batch ON job (batch_id, position)")
     await other.execute("CREATE INDEX job_body ON job (shard, body_sha256); ALTER TABLE tally DROP COLUMN http_200")
@@ -68,7 +69,7 @@ async def test_a_migration_gives_way_to_a_transaction_at_work_and_comes_again(se
     version = await other.fetchval("SELECT version_num FROM alembic_version")
     await other.close()
     await drop(server_url, name)
-    assert version == "0012"
+    assert version == newest
 
 
 async def test_many_processes_may_migrate_one_database_at_once(server_url: str) -> None:
