@@ -149,14 +149,14 @@ MEANINGS: Mapping[FailureCode, str] = {
 """One sentence on each code, for the API's documentation."""
 
 
-class Hop(Struct, frozen=True):
+class Hop(Struct, frozen=True, gc=False):
     """One redirect that was followed: the URL that answered, and the status it answered with."""
 
     url: str
     status: int
 
 
-class Evidence(Struct, frozen=True, kw_only=True):
+class Evidence(Struct, frozen=True, gc=False, kw_only=True):
     """How a fetch went, as far as it got. Milliseconds and bytes; `None` where a step was not reached.
 
     The steps are those of the last hop; `total_ms` covers all of them. A blocked fetch shows no address and no timing.
@@ -178,7 +178,7 @@ class Evidence(Struct, frozen=True, kw_only=True):
     body_bytes: int = 0
 
 
-class Response(Struct, frozen=True, kw_only=True):
+class Response(Struct, frozen=True, gc=False, kw_only=True):
     """A complete response, whatever its status; whether the job succeeded is the job's own rule.
 
     `headers` keep their order and repetitions, decoded as latin-1; `body` is decoded of its content codings.
@@ -193,7 +193,7 @@ class Response(Struct, frozen=True, kw_only=True):
     flags: tuple[str, ...] = ()
 
 
-class Failure(Struct, frozen=True, kw_only=True):
+class Failure(Struct, frozen=True, gc=False, kw_only=True):
     """No usable response: a code, one sentence for the client, and what was seen up to there.
 
     `sent` says whether any byte of the request may have reached a server: an unsafe method is then not retried.

@@ -59,7 +59,7 @@ class Flags:
         return (TRAILING_JUNK,) if self.trailing_junk else ()
 
 
-class Decoded(Struct, frozen=True):
+class Decoded(Struct, frozen=True, gc=False):
     """A body without its content codings, and what was odd about it."""
 
     body: bytes

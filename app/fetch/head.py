@@ -107,7 +107,7 @@ class Message:
         raise Failed(FailureCode.PROTOCOL_ERROR, "The chunked body is padded beyond reason.")
 
 
-class Head(Struct, frozen=True):
+class Head(Struct, frozen=True, gc=False):
     """The head of a response. `length` counts only with `Framing.LENGTH`; `message` takes the body with `CHUNKED`.
 
     `fields` are names and values in their order, latin-1.

@@ -56,7 +56,7 @@ Headers = tuple[tuple[str, str], ...]
 logger = logging.getLogger(__name__)
 
 
-class FetchRequest(Struct, frozen=True, kw_only=True):
+class FetchRequest(Struct, frozen=True, gc=False, kw_only=True):
     """What to fetch and within which bounds."""
 
     url: str
@@ -67,7 +67,7 @@ class FetchRequest(Struct, frozen=True, kw_only=True):
     limits: Limits
 
 
-class Step(Struct, frozen=True):
+class Step(Struct, frozen=True, gc=False):
     """One request of a chain: where to, and what of the caller's request goes there."""
 
     target: Target

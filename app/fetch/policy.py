@@ -118,7 +118,7 @@ class Policy:
     own_port: int | None = None
 
 
-class Target(Struct, frozen=True):
+class Target(Struct, frozen=True, gc=False):
     """A URL that passed, taken apart exactly as it goes on the wire: all ASCII, no fragment.
 
     `hostname` has no brackets and no trailing dot; `path_query` is the request target. `host` is the politeness key

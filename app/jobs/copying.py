@@ -26,7 +26,7 @@ _START = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 _END = b"\xff\xff"
 """A signature, no flags and no extension; and a row of -1 fields."""
 _LENGTH = struct.Struct("!i")
-_ROW, _SMALLINT, _INTEGER, _BIGINT, _BOOLEAN = map(struct.Struct, ("!h", "!ih", "!ii", "!iq", "!i?"))
+_ROW, _SMALLINT, _INTEGER = map(struct.Struct, ("!h", "!ih", "!ii"))
 _JSONB_VERSION = b"\x01"
 _SMALLINT_OID, _UUID_OID = 21, 2950
 
@@ -124,16 +124,6 @@ def integer(value: int) -> bytes:
     return _INTEGER.pack(4, value)
 
 
-def boolean(value: bool) -> bytes:
-    """Make a field of boolean."""
-    return _BOOLEAN.pack(1, value)
-
-
-def timestamp(since_2000_us: int) -> bytes:
-    """Make a field of timestamptz."""
-    return _BIGINT.pack(8, since_2000_us)
-
-
 def smallints(values: Sequence[int]) -> bytes:
     """Make a field of smallint[]."""
     return field(_array_head(_SMALLINT_OID, len(values)) + b"".join(map(smallint, values)))
@@ -141,7 +131,8 @@ def smallints(values: Sequence[int]) -> bytes:
 
 def uuids(values: Sequence[bytes]) -> bytes:
     """Make a field of uuid[]; 16 bytes each."""
-    return field(_array_head(_UUID_OID, len(values)) + b"".join(map(field, values)))
+    size = _LENGTH.pack(16)
+    return field(_array_head(_UUID_OID, len(values)) + size + size.join(values))
 
 
 def _array_head(element_oid: int, count: int) -> bytes:

@@ -5,6 +5,7 @@ taken in one order everywhere (host, job, attempt, body, body_shared, tally, his
 each, so that they cannot deadlock. Decides nothing about retries: it stores what the worker decided.
 """
 
+import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from http import HTTPStatus
@@ -64,6 +65,11 @@ JOB_COLUMNS = (
     *("shard", "id", "batch_id", "position", "repeatable", "status", "run_at"),
     *("host", "url", "request", "custom_id", "metadata"),
 )
+
+_START_OF_JOB = struct.Struct("!h ih i16s i16s ii i? i6s iq")
+"""How many columns there are, and the first seven of them as `copying` makes fields, each after its size: made one by
+one, a row took almost twice as long."""
+_NO_EXTRAS = 3 * copying.NULL
 
 INSERT_TALLIES = text("""
     INSERT INTO tally (shard, batch_id, total, queued)
@@ -134,24 +140,24 @@ def _job_rows(
     client gave first.
     """
     shared, retry_unsafe = batch.options.get("method", "GET"), bool(batch.options.get("retry_unsafe", False))
-    hosts, hashes = jobs.hosts, jobs.host_hashes
-    start, batch_id, queued = copying.row(len(JOB_COLUMNS)), copying.field(batch.id.bytes), copying.text("queued")
+    hosts, hashes, batch_id = jobs.hosts, jobs.host_hashes, batch.id.bytes
+    start, count = _START_OF_JOB.pack, len(JOB_COLUMNS)
+    named, name = "", b""
     for at in _neighbours_together(jobs, positions):
+        if hosts[at] is not named:
+            named = hosts[at]
+            name = copying.text(named)
+        shard, run_at_us = shard_of_hash(hashes[at]), first_run_at_us + at
+        repeatable = retry_unsafe or (jobs.methods[at] or shared) in SAFE_METHODS
+        request, custom_id, metadata = jobs.requests[at], jobs.custom_ids[at], jobs.metadatas[at]
         yield b"".join(
             (
-                start,
-                copying.smallint(shard_of_hash(hashes[at])),
-                copying.field(ids[at]),
-                batch_id,
-                copying.integer(at),
-                copying.boolean(retry_unsafe or (jobs.methods[at] or shared) in SAFE_METHODS),
-                queued,
-                copying.timestamp(first_run_at_us + at),
-                copying.text(hosts[at]),
+                start(count, 2, shard, 16, ids[at], 16, batch_id, 4, at, 1, repeatable, 6, b"queued", 8, run_at_us),
+                name,
                 copying.text(jobs.urls[at]),
-                copying.jsonb(jobs.requests[at]),
-                copying.text(jobs.custom_ids[at]),
-                copying.jsonb(jobs.metadatas[at]),
+                _NO_EXTRAS
+                if request is custom_id is metadata is None
+                else copying.jsonb(request) + copying.text(custom_id) + copying.jsonb(metadata),
             )
         )
 

@@ -67,7 +67,7 @@ class NewJobs:
         self.metadatas.append(to_json(metadata))
 
 
-class ClaimedJob(Struct, frozen=True):
+class ClaimedJob(Struct, frozen=True, gc=False):
     """A job that is this worker's to run, while it holds `lease` on the job's host; `attempt` counts from 1.
 
     Its fields are columns of `job`, in the order in which claims return them. `request` has what it asks for other than
@@ -125,7 +125,7 @@ class Returned:
     error_detail: str | None = None
 
 
-class Result(Struct, frozen=True, kw_only=True):
+class Result(Struct, frozen=True, gc=False, kw_only=True):
     """What an attempt came to, as it shall be stored.
 
     `status` is `succeeded`, `failed` or `cancelled`, or `queued` for a retry in `delay_s` seconds. `body` is as stored,

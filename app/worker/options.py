@@ -16,7 +16,7 @@ LIMIT_NAMES = tuple(limit.name for limit in fields(Limits))
 """The limits of a fetch; the options of a batch or job that set them have the same names, and so have the settings."""
 
 
-class JobOptions(Struct, frozen=True, kw_only=True):
+class JobOptions(Struct, frozen=True, gc=False, kw_only=True):
     """A job's request, and the rules by which its outcome is judged."""
 
     request: FetchRequest

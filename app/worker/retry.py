@@ -18,7 +18,7 @@ BACK_OFF_STATUSES = frozenset({429, 503})
 BACK_OFF_CODES = frozenset({FailureCode.CONNECT_REFUSED, FailureCode.CONNECT_TIMEOUT, FailureCode.CONNECT_UNREACHABLE})
 
 
-class Verdict(Struct, frozen=True, kw_only=True):
+class Verdict(Struct, frozen=True, gc=False, kw_only=True):
     """What becomes of the job: `succeeded`, `failed`, or `queued` again in `delay_s` seconds."""
 
     status: str

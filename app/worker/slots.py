@@ -50,6 +50,7 @@ class Slots:
         self._transport = transport
         self._recorder = recorder
         self._wake = wake
+        self._loop = asyncio.get_running_loop()  # asked for here: each time, it asks the kernel for its process first
         self._ready: deque[Hold] = deque()
         self._places = Places(host_concurrency, self._place_is_free)
         self._options: dict[UUID, SharedOptions] = {}
@@ -195,7 +196,7 @@ class Slots:
             return False
         if hold.next_start_at > now:
             hold.is_ready = True  # by the timer, and no other way before
-            asyncio.get_running_loop().call_later(hold.next_start_at - now, self._resume, hold)
+            self._loop.call_later(hold.next_start_at - now, self._resume, hold)
             return False
         if (batch_id := hold.waiting[0].batch_id) not in self._options:
             self.unknown.add(batch_id)
@@ -227,7 +228,7 @@ class Slots:
         self.running_count += 1
         hold.note_start(now)
         seat = Seat(self._places, hold.host)
-        task = asyncio.create_task(self._run_job(hold, job, self._options[job.batch_id], seat))
+        task = self._loop.create_task(self._run_job(hold, job, self._options[job.batch_id], seat))
         hold.running[task] = job
         task.add_done_callback(lambda task: self._end_job(hold, seat, task))
 
