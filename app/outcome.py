@@ -6,7 +6,7 @@ Deliberately knows nothing of HTTP libraries, of jobs or of the database: every 
 from collections.abc import Mapping
 from enum import StrEnum
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 
 class FailureCode(StrEnum):
@@ -156,10 +156,11 @@ class Hop(Struct, frozen=True, gc=False):
     status: int
 
 
-class Evidence(Struct, frozen=True, gc=False, kw_only=True):
+class Evidence(Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     """How a fetch went, as far as it got. Milliseconds and bytes; `None` where a step was not reached.
 
     The steps are those of the last hop; `total_ms` covers all of them. A blocked fetch shows no address and no timing.
+    Its JSON leaves out what has its default; what has a default by way of a factory is always there.
     """
 
     redirects: tuple[Hop, ...] = ()
@@ -167,15 +168,15 @@ class Evidence(Struct, frozen=True, gc=False, kw_only=True):
     http_version: str | None = None
     tls_version: str | None = None
     tls_expires_at: str | None = None
-    reused_connection: bool = False
+    reused_connection: bool = field(default_factory=bool)
     dns_ms: float | None = None
     connect_ms: float | None = None
     tls_ms: float | None = None
     first_byte_ms: float | None = None
     download_ms: float | None = None
     total_ms: float | None = None
-    wire_bytes: int = 0
-    body_bytes: int = 0
+    wire_bytes: int = field(default_factory=int)
+    body_bytes: int = field(default_factory=int)
 
 
 class Response(Struct, frozen=True, gc=False, kw_only=True):

@@ -6,7 +6,7 @@ Opens no socket of its own: `app.fetch.dialling` does, and only to addresses the
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +166,9 @@ class Transport(httpx2.AsyncBaseTransport):
         limits: Limits = request.extensions["limits"]
         trace: Trace = request.extensions["trace"]
         fields = request.fields if isinstance(request, Request) else request.headers.raw
-        affinity = Affinity(target.scheme, target.host, _authorization(fields))
-        content = _serialise(request.method, target, fields, await request.aread())
+        written, authorization = _usual(fields) if isinstance(fields, tuple) else _write(fields)
+        affinity = Affinity(target.scheme, target.host, authorization)
+        content = _serialise(request.method, target, written, await request.aread())
         connection = self._idle.take(affinity, safe=request.method in SAFE_METHODS)
         head = None
         if connection is not None:
@@ -223,15 +224,17 @@ async def _ask_again(
     return None
 
 
-def _authorization(fields: RawFields) -> bytes | None:
-    for name, value in fields:
-        if name.lower() == b"authorization":
-            return value
-    return None
+def _write(fields: RawFields) -> tuple[bytes, bytes | None]:
+    """Write header fields down; and say with whose authority."""
+    authorizations = [value for name, value in fields if name.lower() == b"authorization"]
+    return b"".join([name + b": " + value + b"\r\n" for name, value in fields]), next(iter(authorizations), None)
 
 
-def _serialise(method: str, target: Target, fields: RawFields, content: bytes) -> bytes:
+_usual = lru_cache(maxsize=8)(_write)
+"""Fields in a tuple are our own, the same for each request: so no secret of a client's is kept here."""
+
+
+def _serialise(method: str, target: Target, written: bytes, content: bytes) -> bytes:
     """Write a request down as HTTP/1.1; Host comes from the target, never from a header."""
-    lines = [f"{method} {target.path_query} HTTP/1.1\r\nHost: {target.host}".encode("ascii")]
-    lines += [name + b": " + value for name, value in fields]
-    return b"\r\n".join(lines) + b"\r\n\r\n" + content
+    start = f"{method} {target.path_query} HTTP/1.1\r\nHost: {target.host}\r\n".encode("ascii")
+    return b"".join((start, written, b"\r\n", content))

@@ -131,8 +131,8 @@ def smallints(values: Sequence[int]) -> bytes:
 
 def uuids(values: Sequence[bytes]) -> bytes:
     """Make a field of uuid[]; 16 bytes each."""
-    size = _LENGTH.pack(16)
-    return field(_array_head(_UUID_OID, len(values)) + size + size.join(values))
+    sixteen = _LENGTH.pack(16)
+    return field(_array_head(_UUID_OID, len(values)) + sixteen + sixteen.join(values))
 
 
 def _array_head(element_oid: int, count: int) -> bytes:

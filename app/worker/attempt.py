@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from msgspec import json, structs
+from msgspec import json
 
 from app.fetch.http import fetch
 from app.fetch.transport import Transport
@@ -110,12 +110,12 @@ def _assemble(job: ClaimedJob, outcome: Outcome, verdict: retry.Verdict, *, cont
 
 def _evidence_json(job: ClaimedJob, outcome: Outcome) -> str:
     """JSON that PostgreSQL takes: without what is not known, is empty or the job's own, and the NUL it refuses."""
-    seen = structs.asdict(outcome.evidence)
-    stored: dict[str, Any] = {name: value for name, value in seen.items() if value not in (None, ())}
+    stored = json.encode(outcome.evidence)
     if isinstance(outcome, Response):
-        stored["headers"] = outcome.headers
+        more: dict[str, Any] = {"headers": outcome.headers}
         if outcome.flags:
-            stored["flags"] = outcome.flags
+            more["flags"] = outcome.flags
         if outcome.final_url != job.url:
-            stored["final_url"] = outcome.final_url
-    return json.encode(stored).decode().replace("\\u0000", "\\ufffd")
+            more["final_url"] = outcome.final_url
+        stored = stored[:-1] + b"," + json.encode(more)[1:]  # of two objects, neither of them empty, one
+    return stored.decode().replace("\\u0000", "\\ufffd")
