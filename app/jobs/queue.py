@@ -334,52 +334,56 @@ def _in_order(rows: Sequence[Sequence[Any]]) -> list[ClaimedJob]:
     return [ClaimedJob(*row[:-1]) for row in sorted(rows, key=itemgetter(-1))]  # the last is `run_at`
 
 
-# Each row is found by its key, in the order given, which is that of the keys (LATERAL). ORDER BY number sorts nothing,
-# for a function's rows are known to come in it; sorting such wide rows by key here took as long as finding them.
-# Joined, tables of some 10,000 jobs were read whole for every few hundred results. The status it leaves is that of the
-# locked row: named on `job` itself, it would lead the planner to `job_running`, which is by host, not to the key.
-RECORD_JOBS = text("""
-    WITH locked AS MATERIALIZED (
-        SELECT result.*, job.left_status
-        FROM (
-            SELECT * FROM unnest(
-                CAST(:shards AS smallint[]), CAST(:ids AS uuid[]), CAST(:leases AS bigint[]),
-                CAST(:attempts AS smallint[]), CAST(:statuses AS text[]), CAST(:delays_s AS float8[]),
-                CAST(:errors AS text[]), CAST(:details AS text[]), CAST(:http_statuses AS smallint[]),
-                CAST(:evidences AS text[]), CAST(:sha256s AS bytea[])
-            ) WITH ORDINALITY
-                AS r(shard, id, lease, attempt, status, delay_s, error, detail, http_status, evidence, sha256, number)
-            ORDER BY number
-        ) AS result
-        CROSS JOIN LATERAL (
-            SELECT status AS left_status, lease, attempt FROM job
-            WHERE job.shard = result.shard AND job.id = result.id FOR UPDATE
-        ) AS job
-        WHERE job.lease = result.lease AND job.attempt = result.attempt
-    ), recorded AS (
-        UPDATE job SET
-            status = locked.status, alone = false, accused = false,
-            run_at = CASE WHEN locked.status = 'queued' THEN now() + make_interval(secs => locked.delay_s)
-                ELSE run_at END,
-            finished_at = CASE WHEN locked.status <> 'queued' THEN now() END,
-            error = locked.error, error_detail = locked.detail, http_status = locked.http_status,
-            evidence = CAST(locked.evidence AS json), body_sha256 = locked.sha256
-        FROM locked
-        WHERE job.shard = locked.shard AND job.id = locked.id AND locked.left_status = 'running'
-        RETURNING locked.number, job.shard, job.id, job.attempt, job.status, job.started_at, job.error,
-            job.error_detail, job.http_status, CASE WHEN job.status = 'queued' THEN job.evidence END AS evidence
+# Rows are found by their keys, one by one, in the order of the results, which is that of the keys. So that the planner
+# leaves it at that it is told neither how many results there are (each array comes out of a SELECT) nor, in words it
+# understands, that these jobs run: it would read the table, or go by way of `job_running`, which is by host.
+_RECORD = """
+    UPDATE job SET
+        status = result.status, alone = false, accused = false,
+        run_at = CASE WHEN result.status = 'queued' THEN now() + make_interval(secs => result.delay_s) ELSE run_at END,
+        finished_at = CASE WHEN result.status <> 'queued' THEN now() END,
+        error = result.error, error_detail = result.detail, http_status = result.http_status,
+        evidence = CAST(result.evidence AS json), body_sha256 = result.sha256
+    FROM unnest(
+        (SELECT CAST(:shards AS smallint[])), (SELECT CAST(:ids AS uuid[])), (SELECT CAST(:leases AS bigint[])),
+        (SELECT CAST(:attempts AS smallint[])), (SELECT CAST(:statuses AS text[])),
+        (SELECT CAST(:delays_s AS float8[])), (SELECT CAST(:errors AS text[])), (SELECT CAST(:details AS text[])),
+        (SELECT CAST(:http_statuses AS smallint[])), (SELECT CAST(:evidences AS text[])),
+        (SELECT CAST(:sha256s AS bytea[]))
+    ) WITH ORDINALITY AS result(
+        shard, id, lease, attempt, status, delay_s, error, detail, http_status, evidence, sha256, number
+    )
+    WHERE job.shard = result.shard AND job.id = result.id
+        AND job.lease = result.lease AND job.attempt = result.attempt AND job.status IS NOT DISTINCT FROM 'running'
+    RETURNING result.number
+"""
+_RECORDED = """
+    SELECT ARRAY(SELECT number FROM recorded) AS recorded, ARRAY(
+        SELECT number FROM unnest(CAST(:shards AS smallint[]), CAST(:sha256s AS bytea[])) WITH ORDINALITY
+            AS content(shard, sha256, number)
+        WHERE (SELECT true FROM body WHERE body.shard = content.shard AND body.sha256 = content.sha256)
+    ) AS bodies_seen
+"""
+RECORD_FINISHED = text(f"WITH recorded AS ({_RECORD}) {_RECORDED}")
+"""For results of which none is to be tried again."""
+RECORD_WITH_RETRIES = text(f"""
+    WITH recorded AS ({_RECORD}, job.shard, job.id, job.attempt, job.status, job.started_at, job.error,
+        job.error_detail, job.http_status, CASE WHEN job.status = 'queued' THEN job.evidence END AS evidence
     ), earlier AS (
         INSERT INTO attempt (shard, job_id, number, started_at, finished_at, error, error_detail, http_status, evidence)
         SELECT shard, id, attempt, started_at, now(), error, error_detail, http_status, evidence
         FROM recorded WHERE status = 'queued'
-    )
-    SELECT ARRAY(SELECT number FROM recorded) AS recorded,
-        ARRAY(SELECT number FROM locked WHERE left_status <> 'running') AS recorded_before,
-        ARRAY(
-            SELECT number FROM unnest(CAST(:shards AS smallint[]), CAST(:sha256s AS bytea[])) WITH ORDINALITY
-                AS content(shard, sha256, number)
-            WHERE (SELECT true FROM body WHERE body.shard = content.shard AND body.sha256 = content.sha256)
-        ) AS bodies_seen
+    ) {_RECORDED}
+""")
+
+RECORDED_BEFORE = text("""
+    SELECT result.number FROM unnest(
+        CAST(:shards AS smallint[]), CAST(:ids AS uuid[]), CAST(:leases AS bigint[]), CAST(:attempts AS smallint[])
+    ) WITH ORDINALITY AS result(shard, id, lease, attempt, number)
+    CROSS JOIN LATERAL (
+        SELECT lease, attempt, status FROM job WHERE job.shard = result.shard AND job.id = result.id OFFSET 0
+    ) AS job
+    WHERE job.lease = result.lease AND job.attempt = result.attempt AND job.status <> 'running'
 """)
 
 
@@ -390,7 +394,8 @@ async def record(session: AsyncSession, results: Sequence[Result], *, by_copy: b
     when the transaction must be had anew, without `by_copy`.
     """
     results = sorted(results, key=_job_key)  # the order in which jobs are locked
-    numbers = (await session.execute(RECORD_JOBS, _result_arrays(results))).one()
+    statement = RECORD_WITH_RETRIES if any(result.status == "queued" for result in results) else RECORD_FINISHED
+    numbers = (await session.execute(statement, _result_arrays(results))).one()
     stored = [results[number - 1] for number in numbers.recorded]
     wanted = _bodies(stored)
     seen = wanted.keys() & {_body_key(results[number - 1]) for number in numbers.bodies_seen}
@@ -401,9 +406,18 @@ async def record(session: AsyncSession, results: Sequence[Result], *, by_copy: b
         _add_to_change(changes[result.job.shard, result.job.batch_id], result)
     maybe_finished = await tallies.change(session, changes)
     await tallies.count_outcomes(session, Counter(key for result in stored for key in _histogram_keys(result)))
-    known = {*numbers.recorded, *numbers.recorded_before}
-    dropped = [result.job for number, result in enumerate(results, start=1) if number not in known]
-    return Recorded(maybe_finished=maybe_finished, dropped=dropped)
+    known = set(numbers.recorded)
+    others = [result.job for number, result in enumerate(results, start=1) if number not in known]
+    return Recorded(maybe_finished=maybe_finished, dropped=await _not_recorded_before(session, others))
+
+
+async def _not_recorded_before(session: AsyncSession, jobs: Sequence[ClaimedJob]) -> list[ClaimedJob]:
+    """Return those that are no longer the caller's; of the others it has stored results, and was never told."""
+    if not jobs:
+        return []
+    rows = await session.execute(RECORDED_BEFORE, _claimed_arrays(jobs))
+    recorded = set(rows.scalars())
+    return [job for number, job in enumerate(jobs, start=1) if number not in recorded]
 
 
 def _job_key(result: Result) -> tuple[int, UUID]:
@@ -411,11 +425,7 @@ def _job_key(result: Result) -> tuple[int, UUID]:
 
 
 def _result_arrays(results: Sequence[Result]) -> dict[str, list[Any]]:
-    return {
-        "shards": [result.job.shard for result in results],
-        "ids": [result.job.id for result in results],
-        "leases": [result.job.lease for result in results],
-        "attempts": [result.job.attempt for result in results],
+    return _claimed_arrays([result.job for result in results]) | {
         "statuses": [result.status for result in results],
         "delays_s": [result.delay_s for result in results],
         "errors": _unless_null([result.error for result in results]),
@@ -423,6 +433,15 @@ def _result_arrays(results: Sequence[Result]) -> dict[str, list[Any]]:
         "http_statuses": [result.http_status for result in results],
         "evidences": [result.evidence for result in results],
         "sha256s": [result.body_sha256 for result in results],
+    }
+
+
+def _claimed_arrays(jobs: Sequence[ClaimedJob]) -> dict[str, list[Any]]:
+    return {
+        "shards": [job.shard for job in jobs],
+        "ids": [job.id for job in jobs],
+        "leases": [job.lease for job in jobs],
+        "attempts": [job.attempt for job in jobs],
     }
 
 
@@ -500,14 +519,8 @@ async def give_back(session: AsyncSession, returned: Sequence[Returned]) -> None
     jobs = [one.job for one in returned]
     result = await session.execute(
         GIVE_BACK,
-        {
-            "shards": [job.shard for job in jobs],
-            "ids": [job.id for job in jobs],
-            "leases": [job.lease for job in jobs],
-            "attempts": [job.attempt for job in jobs],
-            "errors": [one.error for one in returned],
-            "details": [one.error_detail for one in returned],
-        },
+        _claimed_arrays(jobs)
+        | {"errors": [one.error for one in returned], "details": [one.error_detail for one in returned]},
     )
     keys = [(row.shard, row.batch_id) for row in result]
     if len(keys) < len(jobs):

@@ -120,13 +120,19 @@ def many_hosts(count: int) -> dict[str, list[Any]]:
     return {"shards": [1] * count, "hosts": [f"host{n}" for n in range(count)], "leases": [1] * count}
 
 
-def results(count: int) -> dict[str, list[Any]]:
-    """So many results to record."""
+def many_jobs(count: int) -> dict[str, list[Any]]:
+    """So many jobs as a worker has them."""
     return {
         "shards": [1] * count,
         "ids": [uuid4() for _ in range(count)],
         "leases": [1] * count,
         "attempts": [1] * count,
+    }
+
+
+def results(count: int) -> dict[str, list[Any]]:
+    """So many results to record."""
+    return many_jobs(count) | {
         "statuses": ["failed"] * count,
         "delays_s": [0.0] * count,
         "errors": ["read_timeout"] * count,
@@ -148,8 +154,10 @@ STATEMENTS: list[tuple[str, TextClause, Mapping[str, Any]]] = [
     ("take many jobs", queue.TAKE_JOBS, {**many_hosts(100), "wanted": [200] * 100, "jobs_max": 2_000}),
     ("refill", queue.REFILL, {**HELD, "wanted": [8], "jobs_max": 100}),
     ("refill many", queue.REFILL, {**many_hosts(100), "wanted": [200] * 100, "owner": uuid4(), "jobs_max": 2_000}),
-    ("record", queue.RECORD_JOBS, results(1)),
-    ("record many", queue.RECORD_JOBS, results(500)),
+    ("record", queue.RECORD_FINISHED, results(1)),
+    ("record many", queue.RECORD_FINISHED, results(500)),
+    ("record retries", queue.RECORD_WITH_RETRIES, results(500)),
+    ("find recorded", queue.RECORDED_BEFORE, many_jobs(500)),
     ("give back", queue.GIVE_BACK, {**JOB, "errors": [None], "details": [None]}),
     ("rescue", queue.RESCUE, {**HOST, "leased": [True], "suspect": 2, "accused_s": 5.0, "crashed": "lost"}),
     ("cancel", queue.CANCEL_QUEUED, {"batch_id": uuid4(), "start": 0, "stop": 100}),
