@@ -163,10 +163,10 @@ def _job_rows(
 
 
 def _neighbours_together(jobs: NewJobs, positions: range) -> Iterator[int]:
-    hosts, hashes = jobs.hosts, jobs.host_hashes
+    """Go through positions host by host, a part after the other; hosts of one hash, which are few, come mixed."""
     for start in range(positions.start, positions.stop, NEIGHBOURS_MAX):
         part = range(start, min(start + NEIGHBOURS_MAX, positions.stop))
-        yield from sorted(part, key=lambda at: (hashes[at], hosts[at]))
+        yield from sorted(part, key=jobs.host_hashes.__getitem__)
 
 
 # The last batch that waits at a host, found from the end of the index; nothing when it is among the `chosen` already.
