@@ -47,21 +47,22 @@ LEASE_HOSTS = text("""
     WHERE host.shard = claimed.shard AND host.host = claimed.host
 """)
 
-# The batches that wait at a host, each with the time of its first job, found by jumping from one to the next in the
-# index: a paused or cancelled million costs one step. Not a DISTINCT, which would read every entry. Stands where `turn`
-# is in scope, a row with shard and host.
+# The batches that wait at a host, each with its first job, found by jumping from one to the next in the index: a paused
+# or cancelled million costs one step. Not a DISTINCT, which would read every entry. Stands where `turn` is in scope, a
+# row with shard and host.
 WAITING_BATCHES = f"""
-    WITH RECURSIVE waiting(batch_id, run_at) AS (
-        (SELECT batch_id, run_at FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
-            AND batch_id >= {OLDEST_UNFINISHED}
+    WITH RECURSIVE waiting(batch_id, run_at, place, id) AS (
+        (SELECT batch_id, run_at, ctid, id FROM job
+         WHERE status = 'queued' AND shard = turn.shard AND host = turn.host AND batch_id >= {OLDEST_UNFINISHED}
          ORDER BY batch_id, run_at LIMIT 1)
         UNION ALL
-        SELECT following.batch_id, following.run_at FROM waiting CROSS JOIN LATERAL (
-            SELECT batch_id, run_at FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
-                AND batch_id > waiting.batch_id ORDER BY batch_id, run_at LIMIT 1
+        SELECT following.* FROM waiting CROSS JOIN LATERAL (
+            SELECT batch_id, run_at, ctid, id FROM job
+            WHERE status = 'queued' AND shard = turn.shard AND host = turn.host AND batch_id > waiting.batch_id
+            ORDER BY batch_id, run_at LIMIT 1
         ) AS following
     )
-    SELECT batch_id, run_at FROM waiting
+    SELECT batch_id, run_at, place, id FROM waiting
     WHERE NOT (SELECT cancel_requested FROM tally WHERE tally.shard = turn.shard AND tally.batch_id = waiting.batch_id)
 """
 

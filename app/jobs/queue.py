@@ -169,16 +169,16 @@ def _neighbours_together(jobs: NewJobs, positions: range) -> Iterator[int]:
         yield from sorted(part, key=jobs.host_hashes.__getitem__)
 
 
-# The last batch that waits at a host, found from the end of the index; nothing when it is among the `chosen` already.
+# The last batch that waits at a host, likewise, found from the end of the index; nothing when it is among the `chosen`.
 # Stands where these and `turn` are in scope.
 NEWEST_BATCH = """
-    SELECT newest.batch_id, first.run_at FROM (
+    SELECT newest.batch_id, first.run_at, first.place, first.id FROM (
         SELECT batch_id FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
             AND batch_id > (SELECT batch_id FROM chosen ORDER BY batch_id DESC LIMIT 1)
         ORDER BY batch_id DESC, run_at DESC LIMIT 1
     ) AS newest
     CROSS JOIN LATERAL (
-        SELECT run_at FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
+        SELECT run_at, ctid AS place, id FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
             AND batch_id = newest.batch_id ORDER BY run_at LIMIT 1
     ) AS first
     WHERE NOT (SELECT cancel_requested FROM tally WHERE tally.shard = turn.shard AND tally.batch_id = newest.batch_id)
@@ -200,7 +200,7 @@ def _taking(turns: str) -> str:
     that of the locked row. By key, the planner went by way of that index again and read all of the host's jobs for
     each. Joined, it read all queued jobs there are, once statistics of a quiet moment said that these are hardly any:
     1.1 ms of CPU for each of 10,000 jobs instead of 0.14. A row that somebody moves meanwhile is passed over, like a
-    locked one.
+    locked one. The first job of each batch comes with the batch; later ones are looked for where these are too few.
     """
     return f"""
     turn AS MATERIALIZED (
@@ -214,24 +214,29 @@ def _taking(turns: str) -> str:
         SELECT due.place, turn.shard, due.id, turn.lease
         FROM turn CROSS JOIN LATERAL (
             WITH chosen AS MATERIALIZED (
-                SELECT batch_id, run_at AS since FROM (
-                    SELECT batch_id, run_at FROM ({WAITING_BATCHES}) AS waits WHERE run_at <= now() LIMIT turn.reach
+                SELECT * FROM (
+                    SELECT * FROM ({WAITING_BATCHES}) AS waits WHERE run_at <= now() LIMIT turn.reach
                 ) AS reached
                 ORDER BY random() LIMIT turn.sharing
+            ), first AS MATERIALIZED (
+                SELECT * FROM chosen
+                UNION ALL
+                SELECT * FROM ({NEWEST_BATCH}) AS waits WHERE run_at <= now()
             )
             SELECT due.place, due.id
             FROM (
-                SELECT batch_id, since FROM chosen
+                SELECT place, id, 0 AS number FROM first
                 UNION ALL
-                SELECT batch_id, run_at FROM ({NEWEST_BATCH}) AS waits WHERE run_at <= now()
-            ) AS sharing
-            CROSS JOIN LATERAL (
-                SELECT place, id, row_number() OVER (ORDER BY run_at) AS number FROM (
-                    SELECT ctid AS place, id, run_at FROM job
-                    WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
-                        AND batch_id = sharing.batch_id AND run_at BETWEEN sharing.since AND now()
-                    ORDER BY run_at LIMIT turn.wanted
-                ) AS first
+                SELECT later.place, later.id, later.number FROM first
+                CROSS JOIN LATERAL (
+                    SELECT place, id, row_number() OVER (ORDER BY run_at) AS number FROM (
+                        SELECT ctid AS place, id, run_at FROM job
+                        WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
+                            AND batch_id = first.batch_id AND run_at BETWEEN first.run_at AND now()
+                        ORDER BY run_at OFFSET 1 LIMIT turn.wanted - 1
+                    ) AS after_first
+                ) AS later
+                WHERE (SELECT count(*) FROM first) < turn.wanted
             ) AS due
             ORDER BY due.number, random() LIMIT turn.wanted
         ) AS due
