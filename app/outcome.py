@@ -160,7 +160,8 @@ class Evidence(Struct, frozen=True, gc=False, kw_only=True, omit_defaults=True):
     """How a fetch went, as far as it got. Milliseconds and bytes; `None` where a step was not reached.
 
     The steps are those of the last hop; `total_ms` covers all of them. A blocked fetch shows no address and no timing.
-    Its JSON leaves out what has its default; what has a default by way of a factory is always there.
+    Its JSON leaves out what has its default, but not 0 and false, which clients are given as they are stored: hence the
+    factories, whose values msgspec does not compare.
     """
 
     redirects: tuple[Hop, ...] = ()

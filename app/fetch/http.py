@@ -205,7 +205,7 @@ def _fields(step: Step, user_agent: str) -> RawFields:
     """Add our own headers where the caller has none, and the length of the body."""
     has_body = step.body is not None or step.method in METHODS_WITH_BODY
     if not step.headers and not has_body:
-        return _defaults(user_agent)
+        return _defaults(user_agent)  # a tuple, which is kept as written; a client's are a list, and never kept
     fields = [(name.encode("ascii"), value.encode("ascii")) for name, value in step.headers]
     named = {name.lower() for name, _ in fields}
     fields = [field for field in _defaults(user_agent) if field[0].lower() not in named] + fields

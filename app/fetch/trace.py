@@ -59,7 +59,7 @@ class Trace:
 
 
 def elapsed_ms(start_at: float | None, end_at: float | None) -> float | None:
-    """Give the milliseconds between two times; `None` if one of them never came."""
+    """Give the milliseconds between two times, whole microseconds; `None` if one of them never came."""
     if start_at is None or end_at is None:
         return None
-    return int((end_at - start_at) * 1_000_000) / 1000
+    return int((end_at - start_at) * 1_000_000) / 1000  # `round` takes four times as long

@@ -166,7 +166,7 @@ class Transport(httpx2.AsyncBaseTransport):
         limits: Limits = request.extensions["limits"]
         trace: Trace = request.extensions["trace"]
         fields = request.fields if isinstance(request, Request) else request.headers.raw
-        written, authorization = _usual(fields) if isinstance(fields, tuple) else _write(fields)
+        written, authorization = _write_own(fields) if isinstance(fields, tuple) else _write(fields)
         affinity = Affinity(target.scheme, target.host, authorization)
         content = _serialise(request.method, target, written, await request.aread())
         connection = self._idle.take(affinity, safe=request.method in SAFE_METHODS)
@@ -225,12 +225,12 @@ async def _ask_again(
 
 
 def _write(fields: RawFields) -> tuple[bytes, bytes | None]:
-    """Write header fields down; and say with whose authority."""
-    authorizations = [value for name, value in fields if name.lower() == b"authorization"]
-    return b"".join([name + b": " + value + b"\r\n" for name, value in fields]), next(iter(authorizations), None)
+    """Write header fields down. Return also the value of Authorization, `None` without one."""
+    authorization = next((value for name, value in fields if name.lower() == b"authorization"), None)
+    return b"".join([name + b": " + value + b"\r\n" for name, value in fields]), authorization
 
 
-_usual = lru_cache(maxsize=8)(_write)
+_write_own = lru_cache(maxsize=8)(_write)
 """Fields in a tuple are our own, the same for each request: so no secret of a client's is kept here."""
 
 

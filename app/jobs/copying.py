@@ -130,7 +130,7 @@ def smallints(values: Sequence[int]) -> bytes:
 
 
 def uuids(values: Sequence[bytes]) -> bytes:
-    """Make a field of uuid[]; 16 bytes each."""
+    """Make a field of uuid[]: 16 bytes each, and at least one."""
     sixteen = _LENGTH.pack(16)
     return field(_array_head(_UUID_OID, len(values)) + sixteen + sixteen.join(values))
 

@@ -67,8 +67,8 @@ JOB_COLUMNS = (
 )
 
 _START_OF_JOB = struct.Struct("!h ih i16s i16s ii i? i6s iq")
-"""How many columns there are, and the first seven of them as `copying` makes fields, each after its size: made one by
-one, a row took almost twice as long."""
+"""The count of the columns, then the first seven of them, each as its size and its value: field by field a row took
+almost twice as long."""
 _NO_EXTRAS = 3 * copying.NULL
 
 INSERT_TALLIES = text("""
@@ -141,22 +141,21 @@ def _job_rows(
     """
     shared, retry_unsafe = batch.options.get("method", "GET"), bool(batch.options.get("retry_unsafe", False))
     hosts, hashes, batch_id = jobs.hosts, jobs.host_hashes, batch.id.bytes
-    start, count = _START_OF_JOB.pack, len(JOB_COLUMNS)
-    named, name = "", b""
+    pack, count = _START_OF_JOB.pack, len(JOB_COLUMNS)
+    last_host, host_field = "", b""
     for at in _neighbours_together(jobs, positions):
-        if hosts[at] is not named:
-            named = hosts[at]
-            name = copying.text(named)
+        if hosts[at] is not last_host:  # one object for each host: see NewJobs.add
+            last_host, host_field = hosts[at], copying.text(hosts[at])
         shard, run_at_us = shard_of_hash(hashes[at]), first_run_at_us + at
         repeatable = retry_unsafe or (jobs.methods[at] or shared) in SAFE_METHODS
         request, custom_id, metadata = jobs.requests[at], jobs.custom_ids[at], jobs.metadatas[at]
         yield b"".join(
             (
-                start(count, 2, shard, 16, ids[at], 16, batch_id, 4, at, 1, repeatable, 6, b"queued", 8, run_at_us),
-                name,
+                pack(count, 2, shard, 16, ids[at], 16, batch_id, 4, at, 1, repeatable, 6, b"queued", 8, run_at_us),
+                host_field,
                 copying.text(jobs.urls[at]),
                 _NO_EXTRAS
-                if request is custom_id is metadata is None
+                if request is None and custom_id is None and metadata is None
                 else copying.jsonb(request) + copying.text(custom_id) + copying.jsonb(metadata),
             )
         )
@@ -169,10 +168,10 @@ def _neighbours_together(jobs: NewJobs, positions: range) -> Iterator[int]:
         yield from sorted(part, key=jobs.host_hashes.__getitem__)
 
 
-# The last batch that waits at a host, likewise, found from the end of the index; nothing when it is among the `chosen`.
-# Stands where these and `turn` are in scope.
+# The last batch that waits at a host, with its first job as in WAITING_BATCHES, found from the end of the index;
+# nothing when it is among the `chosen`. Stands where these and `turn` are in scope.
 NEWEST_BATCH = """
-    SELECT newest.batch_id, first.run_at, first.place, first.id FROM (
+    SELECT newest.batch_id, earliest.run_at, earliest.place, earliest.id FROM (
         SELECT batch_id FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
             AND batch_id > (SELECT batch_id FROM chosen ORDER BY batch_id DESC LIMIT 1)
         ORDER BY batch_id DESC, run_at DESC LIMIT 1
@@ -180,7 +179,7 @@ NEWEST_BATCH = """
     CROSS JOIN LATERAL (
         SELECT run_at, ctid AS place, id FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
             AND batch_id = newest.batch_id ORDER BY run_at LIMIT 1
-    ) AS first
+    ) AS earliest
     WHERE NOT (SELECT cancel_requested FROM tally WHERE tally.shard = turn.shard AND tally.batch_id = newest.batch_id)
 """
 
@@ -196,11 +195,14 @@ WANTED = """
 def _taking(turns: str) -> str:
     """The common table expressions up to `taken`: jobs of the hosts in `turns`, as `WANTED`, which become running.
 
-    Each is found once by the claim's index, then by place (ctid), row by row (LATERAL), and the status it leaves is
-    that of the locked row. By key, the planner went by way of that index again and read all of the host's jobs for
+    Each is found by the claim's index, then by place (ctid), row by row (LATERAL), and the status it leaves is that of
+    the locked row. By key, the planner went by way of that index again and read all of the host's jobs for
     each. Joined, it read all queued jobs there are, once statistics of a quiet moment said that these are hardly any:
     1.1 ms of CPU for each of 10,000 jobs instead of 0.14. A row that somebody moves meanwhile is passed over, like a
-    locked one. The first job of each batch comes with the batch; later ones are looked for where these are too few.
+    locked one.
+
+    The first job of each batch comes with its batch. Where these are fewer than wanted the later ones are looked for,
+    past the first (OFFSET 1).
     """
     return f"""
     turn AS MATERIALIZED (
@@ -218,25 +220,25 @@ def _taking(turns: str) -> str:
                     SELECT * FROM ({WAITING_BATCHES}) AS waits WHERE run_at <= now() LIMIT turn.reach
                 ) AS reached
                 ORDER BY random() LIMIT turn.sharing
-            ), first AS MATERIALIZED (
+            ), first_jobs AS MATERIALIZED (
                 SELECT * FROM chosen
                 UNION ALL
                 SELECT * FROM ({NEWEST_BATCH}) AS waits WHERE run_at <= now()
             )
             SELECT due.place, due.id
             FROM (
-                SELECT place, id, 0 AS number FROM first
+                SELECT place, id, 0 AS number FROM first_jobs
                 UNION ALL
-                SELECT later.place, later.id, later.number FROM first
+                SELECT later.place, later.id, later.number FROM first_jobs
                 CROSS JOIN LATERAL (
                     SELECT place, id, row_number() OVER (ORDER BY run_at) AS number FROM (
                         SELECT ctid AS place, id, run_at FROM job
                         WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
-                            AND batch_id = first.batch_id AND run_at BETWEEN first.run_at AND now()
+                            AND batch_id = first_jobs.batch_id AND run_at BETWEEN first_jobs.run_at AND now()
                         ORDER BY run_at OFFSET 1 LIMIT turn.wanted - 1
                     ) AS after_first
                 ) AS later
-                WHERE (SELECT count(*) FROM first) < turn.wanted
+                WHERE (SELECT count(*) FROM first_jobs) < turn.wanted
             ) AS due
             ORDER BY due.number, random() LIMIT turn.wanted
         ) AS due
@@ -329,7 +331,7 @@ def _wanted(wanted: Sequence[tuple[Lease, int]], *, jobs_max: int) -> dict[str, 
         "shards": [lease.shard for lease, _ in wanted],
         "hosts": [lease.host for lease, _ in wanted],
         "leases": [lease.number for lease, _ in wanted],
-        # no more than there is room for: it reads as many of each batch as it may take before it chooses
+        # no more than there is room for: of few batches it reads as many jobs of each before it chooses
         "wanted": [min(count, jobs_max) for _, count in wanted],
         "jobs_max": jobs_max,
     }
@@ -339,10 +341,11 @@ def _in_order(rows: Sequence[Sequence[Any]]) -> list[ClaimedJob]:
     return [ClaimedJob(*row[:-1]) for row in sorted(rows, key=itemgetter(-1))]  # the last is `run_at`
 
 
-# Rows are found by their keys, one by one, in the order of the results, which is that of the keys. So that the planner
-# leaves it at that it is told neither how many results there are (each array comes out of a SELECT) nor, in words it
-# understands, that these jobs run: it would read the table, or go by way of `job_running`, which is by host.
-_RECORD = """
+# Results come in the order of the keys, and each finds its row by the key, in a nested loop: that is what locks the
+# rows in key order. Two things keep the planner to it: each array is the value of a SELECT, so that it does not know
+# how many there are and join tables read whole; and IS NOT DISTINCT FROM, not =, which it would match with
+# `job_running`, by host.
+UPDATE_JOBS = """
     UPDATE job SET
         status = result.status, alone = false, accused = false,
         run_at = CASE WHEN result.status = 'queued' THEN now() + make_interval(secs => result.delay_s) ELSE run_at END,
@@ -360,27 +363,28 @@ _RECORD = """
     )
     WHERE job.shard = result.shard AND job.id = result.id
         AND job.lease = result.lease AND job.attempt = result.attempt AND job.status IS NOT DISTINCT FROM 'running'
-    RETURNING result.number
 """
-_RECORDED = """
+NUMBERS = """
     SELECT ARRAY(SELECT number FROM recorded) AS recorded, ARRAY(
         SELECT number FROM unnest(CAST(:shards AS smallint[]), CAST(:sha256s AS bytea[])) WITH ORDINALITY
             AS content(shard, sha256, number)
         WHERE (SELECT true FROM body WHERE body.shard = content.shard AND body.sha256 = content.sha256)
     ) AS bodies_seen
 """
-RECORD_FINISHED = text(f"WITH recorded AS ({_RECORD}) {_RECORDED}")
-"""For results of which none is to be tried again."""
+RECORD_FINISHED = text(f"WITH recorded AS ({UPDATE_JOBS} RETURNING result.number) {NUMBERS}")
+"""For results of which none is tried again: to collect the rows of those costs 0.8 us a job, even if there are none."""
 RECORD_WITH_RETRIES = text(f"""
-    WITH recorded AS ({_RECORD}, job.shard, job.id, job.attempt, job.status, job.started_at, job.error,
-        job.error_detail, job.http_status, CASE WHEN job.status = 'queued' THEN job.evidence END AS evidence
+    WITH recorded AS (
+        {UPDATE_JOBS} RETURNING result.number, job.shard, job.id, job.attempt, job.status, job.started_at, job.error,
+            job.error_detail, job.http_status, CASE WHEN job.status = 'queued' THEN job.evidence END AS evidence
     ), earlier AS (
         INSERT INTO attempt (shard, job_id, number, started_at, finished_at, error, error_detail, http_status, evidence)
         SELECT shard, id, attempt, started_at, now(), error, error_detail, http_status, evidence
         FROM recorded WHERE status = 'queued'
-    ) {_RECORDED}
+    ) {NUMBERS}
 """)
 
+# For results that found no row. OFFSET 0 keeps the planner from a join, as in `listing.list_keys`.
 RECORDED_BEFORE = text("""
     SELECT result.number FROM unnest(
         CAST(:shards AS smallint[]), CAST(:ids AS uuid[]), CAST(:leases AS bigint[]), CAST(:attempts AS smallint[])
@@ -417,7 +421,7 @@ async def record(session: AsyncSession, results: Sequence[Result], *, by_copy: b
 
 
 async def _not_recorded_before(session: AsyncSession, jobs: Sequence[ClaimedJob]) -> list[ClaimedJob]:
-    """Return those that are no longer the caller's; of the others it has stored results, and was never told."""
+    """Return the jobs that are no longer the caller's; the others it stored before, in a commit not confirmed."""
     if not jobs:
         return []
     rows = await session.execute(RECORDED_BEFORE, _claimed_arrays(jobs))

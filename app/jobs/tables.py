@@ -147,8 +147,8 @@ job = Table(
     CheckConstraint("NOT alone OR status = 'running'", name="alone_is_running"),
     # queue.claim and refill: what a host has to run, by turns over its batches
     Index("job_claim", "shard", "host", "batch_id", "run_at", postgresql_where=text("status = 'queued'")),
-    # queue.rescue: what ran under a lost lease. `attempt` is there because each claim changes it: for an entry whose
-    # columns an update left as they were, PostgreSQL looks for dead ones in a full page, by way of the table
+    # queue.rescue: what ran under a lost lease. No statement asks for `attempt`: it is there because each claim changes
+    # it. An entry whose columns are unchanged PostgreSQL takes for a sign of garbage, and searches a full page for it
     Index("job_running", "shard", "host", "batch_id", "attempt", postgresql_where=text("status = 'running'")),
     postgresql_with={"autovacuum_vacuum_scale_factor": "0.02", "autovacuum_vacuum_cost_delay": "1"},
 )

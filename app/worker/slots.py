@@ -50,7 +50,7 @@ class Slots:
         self._transport = transport
         self._recorder = recorder
         self._wake = wake
-        self._loop = asyncio.get_running_loop()  # asked for here: each time, it asks the kernel for its process first
+        self._loop = asyncio.get_running_loop()  # kept, for to ask which loop runs is a system call (getpid)
         self._ready: deque[Hold] = deque()
         self._places = Places(host_concurrency, self._place_is_free)
         self._options: dict[UUID, SharedOptions] = {}

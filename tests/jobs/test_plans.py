@@ -211,6 +211,16 @@ async def test_the_claim_stays_on_its_indexes(filled: Sessions) -> None:
     assert steps.count("job_claim") >= 2, steps
 
 
+async def test_results_find_their_jobs_in_the_order_of_the_keys(filled: Sessions) -> None:
+    """Which is that of the results: so rows are locked in it."""
+    for statement in (queue.RECORD_FINISHED, queue.RECORD_WITH_RETRIES):
+        for steps in (await plan(filled, statement, results(500)), await generic_plan(filled, statement)):
+            update = steps.split("Update on job")[1]
+            way = r"Nested Loop .*\n *->  Function Scan on .*\n *->  Index Scan using job_pkey"
+            assert re.search(way, update), steps
+            assert not re.search(r"Hash|Merge|Sort", update), steps
+
+
 async def test_a_release_looks_no_further_than_the_first_batch_that_is_due(filled: Sessions) -> None:
     async with filled.begin() as session:
         await session.execute(text("UPDATE job SET shard = 1, host = 'h'"))
