@@ -2,7 +2,8 @@
 
 Functions take a session and never commit; the caller's `async with sessions.begin()` is the transaction. Locks are
 taken in one order everywhere (host, job, attempt, body, body_shared, tally, histogram, batch) and in key order within
-each, so that they cannot deadlock. Decides nothing about retries: it stores what the worker decided.
+each, so that they cannot deadlock (for the one exception see UPDATE_JOBS). Decides nothing about retries: it stores
+what the worker decided.
 """
 
 import struct
@@ -344,7 +345,8 @@ def _in_order(rows: Sequence[Sequence[Any]]) -> list[ClaimedJob]:
 # Results come in the order of the keys, and each finds its row by the key, in a nested loop: that is what locks the
 # rows in key order. Two things keep the planner to it: each array is the value of a SELECT, so that it does not know
 # how many there are and join tables read whole; and IS NOT DISTINCT FROM, not =, which it would match with
-# `job_running`, by host.
+# `job_running`, by host. A table of a few hundred jobs, or one said to be so by statistics of a quiet moment, it may
+# read whole all the same, and lock rows as they lie: a rescue of these jobs just then is a deadlock, which is retried.
 UPDATE_JOBS = """
     UPDATE job SET
         status = result.status, alone = false, accused = false,
