@@ -4,6 +4,8 @@ They may be lost: polling finds the same, some seconds later at most.
 """
 
 import asyncio
+import random
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -16,7 +18,8 @@ WORK = "fetchpool_jobs"
 FINISHED = "fetchpool_finished"
 """Channels; on the latter `batches.finish` says the id of the batch."""
 LISTEN_AGAIN_S = 5.0
-ASK_S = 10.0
+ASK_S = 15.0
+"""Longest pause between two questions whether hints are heard: the longest that a lost one keeps a job waiting."""
 
 
 async def give(session: AsyncSession) -> None:
@@ -25,11 +28,16 @@ async def give(session: AsyncSession) -> None:
 
 
 class Listener:
-    """One process's ear for hints. `is_hearing`: a hint given now would arrive, so that polls may be rare."""
+    """One process's ear for hints. `is_hearing`: a hint given now would arrive, so that polls may be rare.
+
+    `asks_at`, of `time.monotonic`, is when it makes sure of that next, and all else that a process at rest looks at is
+    best looked at just then: to wake is what costs.
+    """
 
     def __init__(self, channel: str = WORK) -> None:
         self._channel = channel
         self.is_hearing = False
+        self.asks_at = 0.0
 
     async def hear(self, url: str, *wakes: Callable[[str], None]) -> None:
         """Call `wakes` with what every hint says, for ever, over a connection of its own.
@@ -54,14 +62,19 @@ class Listener:
         connection.add_termination_listener(lambda _: closed.set())
         try:
             await connection.add_listener(self._channel, lambda _connection, _pid, _channel, hint: wake_all(hint))
+            self._plan_ask()
             self.is_hearing = True
             wake_all("")
             while True:
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(ASK_S):
+                    async with asyncio.timeout(self.asks_at - time.monotonic()):
                         await closed.wait()
+                self._plan_ask()
                 await connection.execute("SELECT 1")
         finally:
             self.is_hearing = False
             wake_all("")
             connection.terminate()
+
+    def _plan_ask(self) -> None:
+        self.asks_at = time.monotonic() + ASK_S * random.uniform(0.85, 1.0)

@@ -8,7 +8,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 FORGET_AFTER_S = 3600
-SILENT_AFTER_S = 35
+SILENT_AFTER_S = 50
 """A worker that missed three beats is no longer counted as one that runs anything."""
 
 
@@ -23,17 +23,18 @@ class Identity:
     slots: int
 
 
+# What is forgotten passes over one that beats just now: after an hour's sleep of the machine, two would wait for each
+# other's row.
 BEAT = text("""
+    WITH forgotten AS (
+        DELETE FROM worker WHERE id IN (
+            SELECT id FROM worker
+            WHERE beat_at < now() - make_interval(secs => :forget_after_s) AND id <> :id FOR UPDATE SKIP LOCKED
+        )
+    )
     INSERT INTO worker (id, machine, pid, version, slots, running, dropped)
     VALUES (:id, :machine, :pid, :version, :slots, :running, :dropped)
     ON CONFLICT (id) DO UPDATE SET beat_at = now(), running = excluded.running, dropped = excluded.dropped
-""")
-
-# Passes over one that beats just now: after an hour's sleep of the machine, two would wait for each other's row.
-FORGET = text("""
-    DELETE FROM worker WHERE id IN (
-        SELECT id FROM worker WHERE beat_at < now() - make_interval(secs => :after_s) FOR UPDATE SKIP LOCKED
-    )
 """)
 
 LEAVE = text("DELETE FROM worker WHERE id = :id")
@@ -72,9 +73,9 @@ async def beat(session: AsyncSession, worker: Identity, *, running: int, dropped
             "slots": worker.slots,
             "running": running,
             "dropped": dropped,
+            "forget_after_s": FORGET_AFTER_S,
         },
     )
-    await session.execute(FORGET, {"after_s": FORGET_AFTER_S})
 
 
 async def list_workers(session: AsyncSession, *, limit: int) -> list[Heartbeat]:

@@ -26,8 +26,8 @@ from app.worker.slots import Slots
 
 POLL_S = 1.0
 """Longest pause between two looks for work; a random part of it is left out, so that workers do not look together."""
-REST_S = 5.0
-"""The same while hints are heard and no host anywhere has work: the longest that a lost hint keeps a job waiting."""
+AFTER_ASK_S = 0.01
+"""While hints are heard and no host has work, a look comes so soon after the listener asks, in the same wake."""
 STEP_PAUSE_S = 0.005
 """Shortest pause between two steps: each fetch that ends may ask for one."""
 FULL_PAUSE_S = 0.1
@@ -37,7 +37,8 @@ CLAIM_PAUSE_S = 0.02
 BEATEN_PAUSE_S = 0.005
 """The same, once, when another worker had just locked all that is due, only to leave most of it milliseconds later."""
 ASK_CANCELLED_S = 1.0
-BEAT_S = 10.0
+BEAT_S_MIN, BEAT_S_MAX = 10.0, 16.0
+"""Between two heartbeats; one that is awake anyway beats early, so that at rest it wakes once for beat and look."""
 FAILED_PAUSE_S = 1.0
 DRAIN_LAST_S = 5.0
 """After the grace, how long to try to put jobs and hosts back into a database that does not answer."""
@@ -166,7 +167,7 @@ class Pool:
     async def _pause(self) -> None:
         await asyncio.sleep(STEP_PAUSE_S)
         now = time.monotonic()
-        pause_s = min(self._poll_s(), self._beat_at + BEAT_S - now)
+        pause_s = min(self._poll_s(), self._beat_at + BEAT_S_MAX - now)
         if self._has_room():
             pause_s = min(pause_s, self._may_claim_at - now)
         if self._drain_by is not None and now < self._drain_by:
@@ -181,8 +182,9 @@ class Pool:
         self._woken.clear()
 
     def _poll_s(self) -> float:
-        is_at_rest = self._is_all_parked and self._listener.is_hearing and self._drain_by is None
-        return (REST_S if is_at_rest else POLL_S) * random.uniform(0.8, 1.0)
+        if self._is_all_parked and self._listener.is_hearing and self._drain_by is None:
+            return self._listener.asks_at + AFTER_ASK_S - time.monotonic()
+        return POLL_S * random.uniform(0.8, 1.0)
 
     def _is_drained(self) -> bool:
         """Nothing is held any more, or the database has been away for so long that the leases end by themselves."""
@@ -364,8 +366,8 @@ class Pool:
 
     async def _beat(self) -> None:
         dropped = self._recorder.dropped_count
-        if time.monotonic() >= self._beat_at + BEAT_S or dropped > self._dropped_told:
-            async with self._sessions.begin() as session:
+        if time.monotonic() >= self._beat_at + BEAT_S_MIN or dropped > self._dropped_told:
+            async with self._autocommit.begin() as session:
                 await workers.beat(session, self._identity, running=self._slots.running_count, dropped=dropped)
             self._beat_at = time.monotonic()
             self._dropped_told = dropped

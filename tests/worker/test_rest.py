@@ -18,8 +18,7 @@ from tests.worker.conftest import Service
 
 @pytest.fixture(autouse=True)
 def long_rests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "REST_S", 3600.0)
-    monkeypatch.setattr(upkeep, "REST_S", 3600.0)
+    monkeypatch.setattr(hints, "ASK_S", 3600.0)
 
 
 async def give_hint(sessions: Sessions) -> None:
@@ -34,6 +33,17 @@ async def test_a_worker_rests_until_it_hears_a_hint(service: Service, database_u
         await asyncio.sleep(1.5)
         assert site.hits.total() == 0
         await give_hint(service.sessions)
+        assert (await service.finished(batch_id)).counts.succeeded == 1
+
+
+async def test_a_lost_hint_costs_no_more_than_the_pause_between_two_questions(
+    service: Service, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hints, "ASK_S", 2.0)
+    monkeypatch.setattr(pool, "BEAT_S_MAX", 3600.0)
+    async with serving() as site, service.worker(hears_at=database_url):
+        await asyncio.sleep(1.5)
+        batch_id = await service.submit(site.url("/"))
         assert (await service.finished(batch_id)).counts.succeeded == 1
 
 
@@ -69,10 +79,7 @@ async def test_a_retry_starts_when_it_is_due_without_a_hint(service: Service, da
         assert (await service.finished(batch_id)).counts.succeeded == 1
 
 
-async def test_a_worker_that_loses_its_connection_looks_by_itself(
-    service: Service, database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hints, "ASK_S", 3600.0)
+async def test_a_worker_that_loses_its_connection_looks_by_itself(service: Service, database_url: str) -> None:
     async with serving() as site, service.worker(hears_at=database_url):
         async with service.sessions.begin() as session:
             listening = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"
