@@ -301,7 +301,8 @@ async def _work_until_stopped(settings: Settings, transport: Transport, *, of_a_
             beside = [group.create_task(upkeep.run())]
             if not settings.pgbouncer:
                 wakes = (lambda _: pool.wake(), lambda _: upkeep.wake())
-                beside.append(group.create_task(listener.hear(_database_url(settings), *wakes)))
+                hearing = listener.hear(_database_url(settings), *wakes, ask=pool.ask)
+                beside.append(group.create_task(hearing))
             _settle_down()
             await pool.run()
             for task in beside:

@@ -5,10 +5,10 @@ They may be lost: polling finds the same, some seconds later at most.
 
 import asyncio
 import random
-import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
+import asyncpg
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -21,29 +21,33 @@ LISTEN_AGAIN_S = 5.0
 ASK_S = 15.0
 """Longest pause between two questions whether hints are heard: the longest that a lost one keeps a job waiting."""
 
+Ask = Callable[[asyncpg.Connection], Awaitable[bool]]
+"""A question, over the listener's connection, whether there is anything that a hint should have told of."""
+
 
 async def give(session: AsyncSession) -> None:
     """Hint to the workers that there is work; a transaction of its own, for NOTIFY commits under a global lock."""
     await session.execute(text("SELECT pg_notify(:channel, '')"), {"channel": WORK})
 
 
-class Listener:
-    """One process's ear for hints. `is_hearing`: a hint given now would arrive, so that polls may be rare.
+async def ask_nothing(connection: asyncpg.Connection) -> bool:
+    """Make sure that the connection lives, and no more."""
+    await connection.execute("SELECT 1")
+    return False
 
-    `asks_at`, of `time.monotonic`, is when it makes sure of that next, and all else that a process at rest looks at is
-    best looked at just then: to wake is what costs.
-    """
+
+class Listener:
+    """One process's ear for hints. `is_hearing`: a hint given now would arrive, so that polls may be rare."""
 
     def __init__(self, channel: str = WORK) -> None:
         self._channel = channel
         self.is_hearing = False
-        self.asks_at = 0.0
 
-    async def hear(self, url: str, *wakes: Callable[[str], None]) -> None:
+    async def hear(self, url: str, *wakes: Callable[[str], None], ask: Ask = ask_nothing) -> None:
         """Call `wakes` with what every hint says, for ever, over a connection of its own.
 
-        With an empty string when hearing begins or ends: anything may have been missed. Not through PgBouncer, which
-        has no LISTEN.
+        With an empty string when hearing begins or ends, and when the answer to `ask`, put now and then, is yes:
+        anything may have been missed. Not through PgBouncer, which has no LISTEN.
         """
 
         def wake_all(hint: str) -> None:
@@ -52,29 +56,25 @@ class Listener:
 
         while True:
             with suppress(*DATABASE_ERRORS):
-                await self._hear_until_lost(url, wake_all)
+                await self._hear_until_lost(url, wake_all, ask)
             await asyncio.sleep(LISTEN_AGAIN_S)
 
-    async def _hear_until_lost(self, url: str, wake_all: Callable[[str], None]) -> None:
-        """Ask now and then whether the connection lives: one that died silently would just never hint again."""
+    async def _hear_until_lost(self, url: str, wake_all: Callable[[str], None], ask: Ask) -> None:
+        """Ask now and then: a connection that died silently would just never hint again, and a hint may be lost."""
         connection = await connect(url)
         closed = asyncio.Event()
         connection.add_termination_listener(lambda _: closed.set())
         try:
             await connection.add_listener(self._channel, lambda _connection, _pid, _channel, hint: wake_all(hint))
-            self._plan_ask()
             self.is_hearing = True
             wake_all("")
             while True:
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(self.asks_at - time.monotonic()):
+                    async with asyncio.timeout(ASK_S * random.uniform(0.85, 1.0)):
                         await closed.wait()
-                self._plan_ask()
-                await connection.execute("SELECT 1")
+                if await ask(connection):
+                    wake_all("")
         finally:
             self.is_hearing = False
             wake_all("")
             connection.terminate()
-
-    def _plan_ask(self) -> None:
-        self.asks_at = time.monotonic() + ASK_S * random.uniform(0.85, 1.0)

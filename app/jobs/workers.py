@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
+import asyncpg
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -36,6 +37,18 @@ BEAT = text("""
     VALUES (:id, :machine, :pid, :version, :slots, :running, :dropped)
     ON CONFLICT (id) DO UPDATE SET beat_at = now(), running = excluded.running, dropped = excluded.dropped
 """)
+
+# By the driver alone, for a process at rest: what it costs is the memory that is touched for the first time in a while.
+# Hosts are read in order, so that it stays on the index even when most are parked.
+BEAT_AT_REST = """
+    WITH beat AS (UPDATE worker SET beat_at = now(), running = 0 WHERE id = $1)
+    SELECT coalesce(
+        (SELECT true FROM host WHERE next_at < 'infinity' ORDER BY next_at LIMIT 1),
+        (SELECT true FROM batch WHERE finished_at IS NULL ORDER BY id LIMIT 1),
+        (SELECT true FROM batch WHERE deleted_at IS NOT NULL ORDER BY id LIMIT 1),
+        false
+    )
+"""
 
 LEAVE = text("DELETE FROM worker WHERE id = :id")
 
@@ -76,6 +89,12 @@ async def beat(session: AsyncSession, worker: Identity, *, running: int, dropped
             "forget_after_s": FORGET_AFTER_S,
         },
     )
+
+
+async def beat_at_rest(connection: asyncpg.Connection, worker: Identity) -> bool:
+    """Say that the worker lives and runs nothing; return whether there is a host that may have work, or a batch."""
+    found: bool = await connection.fetchval(BEAT_AT_REST, worker.id)
+    return found
 
 
 async def list_workers(session: AsyncSession, *, limit: int) -> list[Heartbeat]:

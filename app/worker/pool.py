@@ -12,9 +12,11 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import asyncpg
+
 from app.fetch.limits import Limits
 from app.fetch.transport import Transport
-from app.jobs import batches, database, leases, queue, workers
+from app.jobs import batches, database, hints, leases, queue, workers
 from app.jobs.database import DATABASE_ERRORS, Sessions
 from app.jobs.hints import Listener
 from app.jobs.values import ClaimedJob, Lease, Result
@@ -26,8 +28,8 @@ from app.worker.slots import Slots
 
 POLL_S = 1.0
 """Longest pause between two looks for work; a random part of it is left out, so that workers do not look together."""
-AFTER_ASK_S = 0.01
-"""While hints are heard and no host has work, a look comes so soon after the listener asks, in the same wake."""
+REST_S = 180.0
+"""The same while hints are heard and no host has work: the listener asks then. Firewalls forget connections later."""
 STEP_PAUSE_S = 0.005
 """Shortest pause between two steps: each fetch that ends may ask for one."""
 FULL_PAUSE_S = 0.1
@@ -37,8 +39,7 @@ CLAIM_PAUSE_S = 0.02
 BEATEN_PAUSE_S = 0.005
 """The same, once, when another worker had just locked all that is due, only to leave most of it milliseconds later."""
 ASK_CANCELLED_S = 1.0
-BEAT_S_MIN, BEAT_S_MAX = 10.0, 16.0
-"""Between two heartbeats; one that is awake anyway beats early, so that at rest it wakes once for beat and look."""
+BEAT_S = 10.0
 FAILED_PAUSE_S = 1.0
 DRAIN_LAST_S = 5.0
 """After the grace, how long to try to put jobs and hosts back into a database that does not answer."""
@@ -128,6 +129,12 @@ class Pool:
         self._look_again()
         self._woken.set()
 
+    async def ask(self, connection: asyncpg.Connection) -> bool:
+        """Say, as the listener's question, whether this worker should end its rest; one at work need not be told."""
+        return await (
+            workers.beat_at_rest(connection, self._identity) if self._is_at_rest else hints.ask_nothing(connection)
+        )
+
     def drain(self, *, grace_s: float | None = None) -> None:
         """Claim no more, put back what has not started, and end when what runs has finished or the grace is over."""
         grace_s = self._settings.drain_grace_s if grace_s is None else grace_s
@@ -152,7 +159,6 @@ class Pool:
         await self._keeper.renew()
         self._look_again_in_time()
         await self._drop_cancelled()
-        await self._beat()
         await self._give_back()
         if self._drain_by is None:
             await self._refill()
@@ -163,11 +169,14 @@ class Pool:
         await self._learn_options()
         await self._start_suspect()
         self._slots.start_ready()
+        await self._beat()
 
     async def _pause(self) -> None:
         await asyncio.sleep(STEP_PAUSE_S)
         now = time.monotonic()
-        pause_s = min(self._poll_s(), self._beat_at + BEAT_S_MAX - now)
+        pause_s = self._poll_s()
+        if not self._is_at_rest:
+            pause_s = min(pause_s, self._beat_at + BEAT_S - now)
         if self._has_room():
             pause_s = min(pause_s, self._may_claim_at - now)
         if self._drain_by is not None and now < self._drain_by:
@@ -182,9 +191,12 @@ class Pool:
         self._woken.clear()
 
     def _poll_s(self) -> float:
-        if self._is_all_parked and self._listener.is_hearing and self._drain_by is None:
-            return self._listener.asks_at + AFTER_ASK_S - time.monotonic()
-        return POLL_S * random.uniform(0.8, 1.0)
+        return (REST_S if self._is_at_rest else POLL_S) * random.uniform(0.8, 1.0)
+
+    @property
+    def _is_at_rest(self) -> bool:
+        """Whether the listener may do all the looking, and beat."""
+        return self._is_all_parked and self._listener.is_hearing and self._drain_by is None
 
     def _is_drained(self) -> bool:
         """Nothing is held any more, or the database has been away for so long that the leases end by themselves."""
@@ -366,7 +378,7 @@ class Pool:
 
     async def _beat(self) -> None:
         dropped = self._recorder.dropped_count
-        if time.monotonic() >= self._beat_at + BEAT_S_MIN or dropped > self._dropped_told:
+        if time.monotonic() >= self._beat_at + BEAT_S or dropped > self._dropped_told:
             async with self._autocommit.begin() as session:
                 await workers.beat(session, self._identity, running=self._slots.running_count, dropped=dropped)
             self._beat_at = time.monotonic()

@@ -16,9 +16,9 @@ from app.jobs.hints import Listener
 
 PAUSE_S = 1.0
 """Between two rounds."""
-AFTER_ASK_S = 0.1
-"""While there is no batch to follow up and hints are heard, a round comes so soon after the listener asks: after the
-pool's look, over the same connection. The hint of a new batch ends such a rest."""
+REST_S = 180.0
+"""In its place, while there is no batch to follow up and hints are heard: the hint of a new batch ends it, or the
+listener, which asks whether there is one."""
 FINISH_EVERY_S = 5.0
 """Between two looks for batches to finish."""
 SWEEP_EVERY_S = 15.0
@@ -62,7 +62,7 @@ class Upkeep:
 
     async def _pause(self) -> None:
         is_at_rest = self._is_resting and self._listener.is_hearing
-        if is_at_rest and not await self._is_woken_within(self._listener.asks_at + AFTER_ASK_S - time.monotonic()):
+        if is_at_rest and not await self._is_woken_within(REST_S * random.uniform(0.8, 1.0)):
             return
         await asyncio.sleep(PAUSE_S * random.uniform(0.75, 1.25))
         self._woken.clear()

@@ -69,7 +69,8 @@ class Service:
         running = asyncio.create_task(pool.run())
         beside = [asyncio.create_task(upkeep.run())]
         if hears_at is not None:
-            beside.append(asyncio.create_task(listener.hear(hears_at, lambda _: pool.wake(), lambda _: upkeep.wake())))
+            wakes = (lambda _: pool.wake(), lambda _: upkeep.wake())
+            beside.append(asyncio.create_task(listener.hear(hears_at, *wakes, ask=pool.ask)))
             await until(lambda: listener.is_hearing)
         try:
             yield pool

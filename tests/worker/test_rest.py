@@ -40,7 +40,6 @@ async def test_a_lost_hint_costs_no_more_than_the_pause_between_two_questions(
     service: Service, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hints, "ASK_S", 2.0)
-    monkeypatch.setattr(pool, "BEAT_S_MAX", 3600.0)
     async with serving() as site, service.worker(hears_at=database_url):
         await asyncio.sleep(1.5)
         batch_id = await service.submit(site.url("/"))
