@@ -23,7 +23,8 @@ GROWTH_MAX = 1.1
 """Of the large worker's peak from the first fifth of its jobs to the last: flat, but for what an allocator keeps."""
 
 QUIET_S = 2.0
-# At rest a worker wakes once in a quarter of a minute: the seconds that are measured must be several of these.
+IDLE_S = 45
+"""Several wakes of a worker at rest, which come each quarter of a minute."""
 SLOTS = 1_000
 HOSTS = 500
 SHARES = 5
@@ -43,7 +44,7 @@ class Rest:
 
 def measure() -> None:
     """Run the measurements and report."""
-    asked = rounds.arguments(__doc__.splitlines()[0], urls=20, idle_seconds=45, worker_jobs=100_000)
+    asked = rounds.arguments(__doc__.splitlines()[0], urls=20, idle_seconds=IDLE_S, worker_jobs=100_000)
     rests: list[Rest] = []
     with ExitStack() as stack:
         folder = stack.enter_context(scratch())

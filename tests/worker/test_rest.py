@@ -7,9 +7,10 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.jobs import batches, hints, leases
-from app.jobs.database import Sessions
+from app.jobs import batches, hints, leases, workers
+from app.jobs.database import Sessions, connect
 from app.jobs.hints import Listener
+from app.jobs.workers import Identity
 from app.worker import pool, upkeep
 from tests.waiting import until
 from tests.web import serving
@@ -115,3 +116,29 @@ async def test_the_next_host_is_due_when_its_time_has_come(service: Service) -> 
         assert await leases.find_next_due_s(session) == 0
         await session.execute(text("UPDATE host SET next_at = now() + interval '10 seconds'"))
         assert await leases.find_next_due_s(session) == 10
+
+
+async def test_at_rest_it_says_that_it_lives_and_sees_what_there_is_to_do(service: Service, database_url: str) -> None:
+    identity = Identity(id=UUID(int=1), machine="m", pid=1, version="0", slots=1)
+    async with service.sessions.begin() as session:
+        await workers.beat(session, identity, running=3, dropped=2)
+        await session.execute(text("UPDATE worker SET beat_at = now() - interval '10 minutes'"))
+    connection = await connect(database_url)
+    try:
+        assert not await workers.beat_at_rest(connection, identity)
+        async with service.sessions.begin() as session:
+            [heartbeat] = await workers.list_workers(session, limit=2)
+        assert (heartbeat.is_heard, heartbeat.running, heartbeat.dropped) == (True, 0, 2)
+        await service.submit("http://127.0.0.1:9/")
+        assert await workers.beat_at_rest(connection, identity)
+        for change, is_found in [
+            ("UPDATE host SET next_at = 'infinity'", True),
+            ("UPDATE batch SET status = 'completed', finished_at = now()", False),
+            ("UPDATE batch SET deleted_at = now()", True),
+            ("UPDATE batch SET deleted_at = NULL", False),
+            ("UPDATE host SET next_at = now() + interval '1 hour'", True),
+        ]:
+            await connection.execute(change)
+            assert await workers.beat_at_rest(connection, identity) == is_found
+    finally:
+        await connection.close()
