@@ -1,6 +1,6 @@
 """Hints by NOTIFY: to workers that there is work, to the API that a batch is finished.
 
-They may be lost: polling finds the same, some seconds later at most.
+They may be lost: a look finds the same, a quarter of a minute later at most.
 """
 
 import asyncio
@@ -20,6 +20,8 @@ FINISHED = "fetchpool_finished"
 LISTEN_AGAIN_S = 5.0
 ASK_S = 15.0
 """Longest pause between two questions whether hints are heard: the longest that a lost one keeps a job waiting."""
+ANSWER_S = 5.0
+"""For the answer; without one the connection has died, or something else is wrong, and nobody may rest on hints."""
 
 Ask = Callable[[asyncpg.Connection], Awaitable[bool]]
 """A question, over the listener's connection, whether there is anything that a hint should have told of."""
@@ -72,7 +74,9 @@ class Listener:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(ASK_S * random.uniform(0.85, 1.0)):
                         await closed.wait()
-                if await ask(connection):
+                async with asyncio.timeout(ANSWER_S):
+                    may_have_missed = await ask(connection)
+                if may_have_missed:
                     wake_all("")
         finally:
             self.is_hearing = False

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 FORGET_AFTER_S = 3600
 SILENT_AFTER_S = 50
-"""A worker that missed three beats is no longer counted as one that runs anything."""
+"""A worker that missed three beats of one at rest is no longer counted as one that runs anything."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,25 +24,25 @@ class Identity:
     slots: int
 
 
-# What is forgotten passes over one that beats just now: after an hour's sleep of the machine, two would wait for each
-# other's row.
 BEAT = text("""
-    WITH forgotten AS (
-        DELETE FROM worker WHERE id IN (
-            SELECT id FROM worker
-            WHERE beat_at < now() - make_interval(secs => :forget_after_s) AND id <> :id FOR UPDATE SKIP LOCKED
-        )
-    )
     INSERT INTO worker (id, machine, pid, version, slots, running, dropped)
     VALUES (:id, :machine, :pid, :version, :slots, :running, :dropped)
     ON CONFLICT (id) DO UPDATE SET beat_at = now(), running = excluded.running, dropped = excluded.dropped
 """)
 
+# Passes over one that beats just now: after an hour's sleep of the machine, two would wait for each other's row.
+FORGET = text("""
+    DELETE FROM worker WHERE id IN (
+        SELECT id FROM worker WHERE beat_at < now() - make_interval(secs => :after_s) FOR UPDATE SKIP LOCKED
+    )
+""")
+
 # By the driver alone, for a process at rest: what it costs is the memory that is touched for the first time in a while.
 # Hosts are read in order, so that it stays on the index even when most are parked.
-BEAT_AT_REST = """
-    WITH beat AS (UPDATE worker SET beat_at = now(), running = 0 WHERE id = $1)
+BEAT_AND_LOOK = """
+    WITH beat AS (UPDATE worker SET beat_at = now(), running = $2 WHERE id = $1 RETURNING id)
     SELECT coalesce(
+        (SELECT true WHERE NOT EXISTS (SELECT FROM beat)),
         (SELECT true FROM host WHERE next_at < 'infinity' ORDER BY next_at LIMIT 1),
         (SELECT true FROM batch WHERE finished_at IS NULL ORDER BY id LIMIT 1),
         (SELECT true FROM batch WHERE deleted_at IS NOT NULL ORDER BY id LIMIT 1),
@@ -86,14 +86,17 @@ async def beat(session: AsyncSession, worker: Identity, *, running: int, dropped
             "slots": worker.slots,
             "running": running,
             "dropped": dropped,
-            "forget_after_s": FORGET_AFTER_S,
         },
     )
+    await session.execute(FORGET, {"after_s": FORGET_AFTER_S})
 
 
-async def beat_at_rest(connection: asyncpg.Connection, worker: Identity) -> bool:
-    """Say that the worker lives and runs nothing; return whether there is a host that may have work, or a batch."""
-    found: bool = await connection.fetchval(BEAT_AT_REST, worker.id)
+async def beat_and_look(connection: asyncpg.Connection, worker: Identity, *, running: int) -> bool:
+    """Say that the worker lives; return whether there is a host that may have work, or a batch to follow up.
+
+    True as well if the worker is not on the list, where `beat` puts it.
+    """
+    found: bool = await connection.fetchval(BEAT_AND_LOOK, worker.id, running)
     return found
 
 

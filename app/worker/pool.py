@@ -16,7 +16,7 @@ import asyncpg
 
 from app.fetch.limits import Limits
 from app.fetch.transport import Transport
-from app.jobs import batches, database, hints, leases, queue, workers
+from app.jobs import batches, database, leases, queue, workers
 from app.jobs.database import DATABASE_ERRORS, Sessions
 from app.jobs.hints import Listener
 from app.jobs.values import ClaimedJob, Lease, Result
@@ -130,10 +130,8 @@ class Pool:
         self._woken.set()
 
     async def ask(self, connection: asyncpg.Connection) -> bool:
-        """Say, as the listener's question, whether this worker should end its rest; one at work need not be told."""
-        return await (
-            workers.beat_at_rest(connection, self._identity) if self._is_at_rest else hints.ask_nothing(connection)
-        )
+        """Beat, and say, as the listener's question, whether pool and upkeep should end a rest."""
+        return await workers.beat_and_look(connection, self._identity, running=self._slots.running_count)
 
     def drain(self, *, grace_s: float | None = None) -> None:
         """Claim no more, put back what has not started, and end when what runs has finished or the grace is over."""
@@ -159,6 +157,7 @@ class Pool:
         await self._keeper.renew()
         self._look_again_in_time()
         await self._drop_cancelled()
+        await self._beat()
         await self._give_back()
         if self._drain_by is None:
             await self._refill()
@@ -169,7 +168,6 @@ class Pool:
         await self._learn_options()
         await self._start_suspect()
         self._slots.start_ready()
-        await self._beat()
 
     async def _pause(self) -> None:
         await asyncio.sleep(STEP_PAUSE_S)
@@ -379,7 +377,7 @@ class Pool:
     async def _beat(self) -> None:
         dropped = self._recorder.dropped_count
         if time.monotonic() >= self._beat_at + BEAT_S or dropped > self._dropped_told:
-            async with self._autocommit.begin() as session:
+            async with self._sessions.begin() as session:
                 await workers.beat(session, self._identity, running=self._slots.running_count, dropped=dropped)
             self._beat_at = time.monotonic()
             self._dropped_told = dropped

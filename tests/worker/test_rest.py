@@ -118,6 +118,30 @@ async def test_the_next_host_is_due_when_its_time_has_come(service: Service) -> 
         assert await leases.find_next_due_s(session) == 10
 
 
+async def test_a_deleted_batch_is_erased_though_only_upkeep_rests(
+    service: Service, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that rests for an hour keeps the pool awake, and a deletion gives no hint."""
+    monkeypatch.setattr(hints, "ASK_S", 2.0)
+    async with serving() as site, service.worker(hears_at=database_url):
+        batch_id = await service.submit(site.url("/"))
+        await give_hint(service.sessions)
+        await service.finished(batch_id)
+        async with service.sessions.begin() as session:
+            await session.execute(text("UPDATE host SET next_at = now() + interval '1 hour'"))
+        await asyncio.sleep(2.5)  # upkeep rests by then
+        async with service.sessions.begin() as session:
+            await batches.delete(session, batch_id)
+        async with asyncio.timeout(15):
+            while await _count_batches(service.sessions):
+                await asyncio.sleep(0.1)
+
+
+async def _count_batches(sessions: Sessions) -> int:
+    async with sessions.begin() as session:
+        return int(await session.scalar(text("SELECT count(*) FROM batch")) or 0)
+
+
 async def test_at_rest_it_says_that_it_lives_and_sees_what_there_is_to_do(service: Service, database_url: str) -> None:
     identity = Identity(id=UUID(int=1), machine="m", pid=1, version="0", slots=1)
     async with service.sessions.begin() as session:
@@ -125,20 +149,22 @@ async def test_at_rest_it_says_that_it_lives_and_sees_what_there_is_to_do(servic
         await session.execute(text("UPDATE worker SET beat_at = now() - interval '10 minutes'"))
     connection = await connect(database_url)
     try:
-        assert not await workers.beat_at_rest(connection, identity)
+        assert not await workers.beat_and_look(connection, identity, running=0)
         async with service.sessions.begin() as session:
             [heartbeat] = await workers.list_workers(session, limit=2)
         assert (heartbeat.is_heard, heartbeat.running, heartbeat.dropped) == (True, 0, 2)
         await service.submit("http://127.0.0.1:9/")
-        assert await workers.beat_at_rest(connection, identity)
+        assert await workers.beat_and_look(connection, identity, running=0)
         for change, is_found in [
             ("UPDATE host SET next_at = 'infinity'", True),
             ("UPDATE batch SET status = 'completed', finished_at = now()", False),
             ("UPDATE batch SET deleted_at = now()", True),
             ("UPDATE batch SET deleted_at = NULL", False),
             ("UPDATE host SET next_at = now() + interval '1 hour'", True),
+            ("UPDATE host SET next_at = 'infinity'", False),
+            ("DELETE FROM worker", True),  # forgotten meanwhile: the pool says it all anew
         ]:
             await connection.execute(change)
-            assert await workers.beat_at_rest(connection, identity) == is_found
+            assert await workers.beat_and_look(connection, identity, running=0) == is_found
     finally:
         await connection.close()
