@@ -63,7 +63,7 @@ Python's own 700 they cost twice as much; with more, no less."""
 API_GRACE_S = 5
 """What requests under way get at shutdown."""
 WORKER_NICENESS = 10
-"""Of the workers of a service: a tenth of the weight of others, so a GET is answered in under two thirds of the time."""
+"""Of the workers of a service: a tenth of the weight of others, so a GET waits little for them."""
 
 logger = logging.getLogger(__name__)
 
