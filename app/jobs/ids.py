@@ -20,10 +20,11 @@ def new_batch_id() -> UUID:
 def new_job_ids(host_hashes: Sequence[int]) -> list[bytes]:
     """Make a UUID version 8 for each host hash given, in version 7's layout, whose 12 middle bits are the hash.
 
-    As 16 bytes: UUID objects, and entropy asked for one by one, took four times as long.
+    Those of a host are in the order given, so that jobs whose keys are neighbours lie in neighbouring rows. As 16
+    bytes: UUID objects, and entropy asked for one by one, took four times as long.
     """
     now_ms = _now_ms()
-    entropy = struct.unpack(f">{len(host_hashes)}Q", os.urandom(8 * len(host_hashes)))
+    entropy = sorted(struct.unpack(f">{len(host_hashes)}Q", os.urandom(8 * len(host_hashes))))
     return [
         _id_bytes(now_ms, version=8, middle=host_hash, last=last)
         for host_hash, last in zip(host_hashes, entropy, strict=True)
@@ -57,5 +58,5 @@ def _now_ms() -> int:
 
 
 def _id_bytes(now_ms: int, *, version: int, middle: int, last: int) -> bytes:
-    variant_and_random = last & 0x3FFF_FFFF_FFFF_FFFF | 0x8000_0000_0000_0000
+    variant_and_random = last >> 2 | 0x8000_0000_0000_0000
     return _HALVES.pack(now_ms << 16 | version << 12 | middle, variant_and_random)

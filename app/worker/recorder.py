@@ -19,11 +19,12 @@ FLUSH_PAUSE_S_MAX = 0.25
 MORE_PAUSE_S = 0.02
 MORE_MIN = 10
 """So many results within the last pause are worth waiting `MORE_PAUSE_S` for more."""
-RECORD_MAX = 750
+RECORD_MAX = 1_000
 RECORD_BYTES_MAX = 16 * 2**20
 """Bodies of one transaction: within every timeout, and never so many that the same are offered again for ever."""
-BUFFERED_MAX = 1_000
-"""With more, fetches took the CPU that storing needed, and all that was left to store came at the end."""
+BUFFERED_MAX = 2_000
+"""Twice what is stored at once: with less, fetches stopped while a record was under way; with more, they took the CPU
+that storing needed, and all that was left came at the end."""
 BUFFERED_BYTES_MAX = 64 * 2**20
 FAILED_PAUSE_S = 1.0
 

@@ -13,6 +13,14 @@ def test_the_shard_can_be_read_off_a_jobs_id() -> None:
     assert len(set(ids)) == 1000
 
 
+def test_the_jobs_of_a_host_have_ids_in_their_order() -> None:
+    hashes = [host_hash(f"h{number % 7}.example") for number in range(700)]
+    ids = new_job_ids(hashes)
+    for one in set(hashes):
+        of_one = [job_id for job_id, its_hash in zip(ids, hashes, strict=True) if its_hash == one]
+        assert of_one == sorted(of_one)
+
+
 def test_batches_sort_by_the_time_they_came() -> None:
     ids = [new_batch_id() for _ in range(1000)]
     milliseconds = [batch_id.int >> 80 for batch_id in ids]
