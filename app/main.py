@@ -241,7 +241,8 @@ def _make_workers(settings: Settings, port: int) -> Processes:
         "FETCHPOOL_PGBOUNCER": str(settings.pgbouncer),
         "FETCHPOOL_HOST": settings.host,
         "FETCHPOOL_PORT": str(port),
-        # malloc asks Linux for huge pages: a job takes its worker 2 % less, and no more memory (docs/decisions/0016)
+        # malloc asks Linux for huge pages: a job takes its worker 2 % less, and no more memory (docs/decisions/0016).
+        # Not as the first of them: setproctitle would not find the command line, which lies before it.
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
         "PYTHONPATH": os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])]),
     }

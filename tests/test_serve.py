@@ -223,14 +223,18 @@ async def test_a_killed_service_leaves_no_worker_and_starts_again(data_dir: Path
         assert (await service.finished(batch["id"]))["counts"]["succeeded"] == 1
 
 
-async def test_a_stop_during_the_first_start_leaves_nothing(data_dir: Path) -> None:
+@pytest.mark.parametrize("stage", ["bin/initdb -D", "bin/postgres --single -D"])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+async def test_a_first_start_that_was_ended_is_no_obstacle(data_dir: Path, stage: str, how: int) -> None:
     first = data_dir.parent / "first"
     process = await launch(first)
-    await until(lambda: postgres_pids(first))
-    process.terminate()
+    await until(lambda: any(stage in command_line(pid) for pid in postgres_pids(first)))
+    process.send_signal(how)
     await asyncio.wait_for(process.communicate(), STOP_S)
-    assert process.returncode in (0, 130)
-    assert not postgres_pids(first)
+    assert process.returncode in (0, 130, -how)
+    assert how == signal.SIGKILL or not postgres_pids(first)
+    async with serving(first, workers=0):
+        pass
 
 
 async def test_a_taken_port_is_one_line(data_dir: Path) -> None:

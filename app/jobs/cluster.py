@@ -36,7 +36,7 @@ ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
 WAL_FILES = 32
 WAL_FILE_BYTES = 16 * 2**20
 """Files of the write-ahead log that are there from the first job on, to be written again and again (`min_wal_size`):
-while the log is written to new ones a batch takes a sixth longer (docs/decisions/0016)."""
+while the log is written to new ones a batch takes a tenth longer (docs/decisions/0016)."""
 
 CONFIGURATION = """\
 # Written at every start; to change a setting for good, use ALTER SYSTEM.
@@ -104,10 +104,20 @@ async def prepared(data_dir: Path, *, connections_max: int) -> AsyncIterator[tup
     wheel = _find_wheel()
     account = await asyncio.to_thread(find_account)
     with _claimed(data_dir, account):
-        cluster = await asyncio.to_thread(_prepare, data_dir, wheel=wheel, account=account)
+        cluster = await _prepare_whole(data_dir, wheel=wheel, account=account)
         await asyncio.to_thread(_write_configuration, cluster, connections_max)
         with _socket_dir(cluster) as socket_dir:
             yield cluster, socket_dir
+
+
+async def _prepare_whole(data_dir: Path, *, wheel: Path, account: Account) -> Cluster:
+    """Prepare to the end though cancelled meanwhile: the folder must not be another instance's before."""
+    preparing = asyncio.ensure_future(asyncio.to_thread(_prepare, data_dir, wheel=wheel, account=account))
+    try:
+        return await asyncio.shield(preparing)
+    except asyncio.CancelledError:
+        await asyncio.wait({preparing})
+        raise
 
 
 def _find_wheel() -> Path:
@@ -206,20 +216,33 @@ def _check_files(cluster: Cluster) -> None:
 
 
 def _initialise(cluster: Cluster) -> None:
-    unfinished = cluster.files.with_suffix(".unfinished")  # renamed when done: a killed initdb leaves no half cluster
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = cluster.files.with_suffix(".unfinished")  # renamed when done: what is killed leaves no half cluster
+    if unfinished.exists():
+        end_left_over(unfinished)
+        shutil.rmtree(unfinished)
     give_folder(unfinished, cluster.account)
-    locale = ["--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
-    access = [f"--username={ROLE}", "--auth-local=peer", "--auth-host=reject"]
-    _run(cluster, "initdb", "-D", str(unfinished), "--no-instructions", "--no-sync", *locale, *access)
-    _lay_out_wal(cluster, unfinished)
-    _run(cluster, "initdb", "-D", str(unfinished), "--sync-only")
+    try:
+        _make_files(cluster, unfinished)
+    except EmbeddedUnusable:
+        shutil.rmtree(unfinished, ignore_errors=True)  # the disk may be full of it
+        raise
     unfinished.rename(cluster.files)
 
 
+def _make_files(cluster: Cluster, files: Path) -> None:
+    locale = ["--encoding=UTF8", "--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
+    access = [f"--username={ROLE}", "--auth-local=peer", "--auth-host=reject"]
+    _run(cluster, "initdb", "-D", str(files), "--no-instructions", "--no-sync", *locale, *access)
+    _lay_out_wal(cluster, files)
+    _run(cluster, "initdb", "-D", str(files), "--sync-only")
+
+
 def _lay_out_wal(cluster: Cluster, files: Path) -> None:
-    """Leave each file of the log after a few bytes: as the server ends, it renames all of them for use to come."""
-    next_file = "SELECT pg_logical_emit_message(false, '', text ''), pg_switch_wal();\n"  # of no use for an empty file
+    """Begin and leave so many files of the log: as the server ends, it renames them for use to come.
+
+    It only serves speed, so what a statement here comes to is not asked.
+    """
+    next_file = "SELECT pg_logical_emit_message(false, '', text ''), pg_switch_wal();\n"  # an empty file is not left
     settings = ["-c", f"min_wal_size={WAL_FILES * WAL_FILE_BYTES}B", "-c", "fsync=off"]
     _run(cluster, "postgres", "--single", "-D", str(files), *settings, "template1", given=next_file * WAL_FILES)
 

@@ -38,7 +38,7 @@ from app.jobs.values import (
 from app.outcome import SAFE_METHODS
 
 IDS_MAX = 10_000
-"""Ids made at once: 3 ms, in which nothing else runs."""
+"""Ids made at once: 5 ms, in which nothing else runs."""
 NEIGHBOURS_MAX = 1_000
 """Jobs of which those of a host are put down together, for they are claimed together: a claim then reads half as many
 pages. Sorting more at once would hold an event loop for long."""

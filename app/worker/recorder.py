@@ -21,10 +21,9 @@ MORE_MIN = 10
 """So many results within the last pause are worth waiting `MORE_PAUSE_S` for more."""
 RECORD_MAX = 1_000
 RECORD_BYTES_MAX = 16 * 2**20
-"""Bodies of one transaction: within every timeout, and never so many that the same are offered again for ever."""
+"""Of one transaction: within every timeout, and never so many that the same are offered again for ever."""
 BUFFERED_MAX = 2_000
-"""Twice what is stored at once: with less, fetches stopped while a record was under way; with more, they took the CPU
-that storing needed, and all that was left came at the end."""
+"""Twice what is stored at once: with less, fetches stopped while a record was under way."""
 BUFFERED_BYTES_MAX = 64 * 2**20
 FAILED_PAUSE_S = 1.0
 
@@ -71,7 +70,7 @@ class Recorder:
     def add(self, result: Result) -> None:
         """Offer a result; it is stored within a moment, or dropped if its lease no longer stands."""
         self._results.append(result)
-        self._bytes += len(result.body or b"")
+        self._bytes += _size_bytes(result)
         self._arrived.set()
 
     def add_back_off(self, back_off: BackOff) -> None:
@@ -124,7 +123,7 @@ class Recorder:
         """As many of the oldest as one transaction takes, and at least one."""
         size, count = 0, 0
         for result in self._results[:RECORD_MAX]:
-            size += len(result.body or b"")
+            size += _size_bytes(result)
             if count and size > RECORD_BYTES_MAX:
                 break
             count += 1
@@ -200,13 +199,18 @@ class Recorder:
     def _remove(self, results: Sequence[Result], back_offs: Sequence[BackOff]) -> None:
         """Forget the first results, which are stored, and the back-offs that were not renewed meanwhile."""
         del self._results[: len(results)]
-        self._bytes -= sum(len(result.body or b"") for result in results)
+        self._bytes -= sum(map(_size_bytes, results))
         for back_off in back_offs:
             key = back_off.lease.shard, back_off.lease.host
             if self._back_offs.get(key) is back_off:
                 del self._back_offs[key]
         if not self._results and not self._back_offs:
             self._arrived.clear()
+
+
+def _size_bytes(result: Result) -> int:
+    """Of what a server can make large: the body as stored, and evidence, in which all its header fields are."""
+    return len(result.body or b"") + len(result.evidence or "")
 
 
 def _unstorable(result: Result) -> Result:

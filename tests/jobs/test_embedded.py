@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from app.jobs import embedded
+from app.jobs import cluster, embedded
 from app.jobs.account import EmbeddedUnusable, find_account
 from app.jobs.cluster import WAL_FILE_BYTES, WAL_FILES
 from app.jobs.left_over import processes_on
@@ -78,6 +79,44 @@ async def test_the_log_has_its_files_from_the_first_start(folder: Path) -> None:
         sizes = "SELECT sum(size) - min(size) FROM pg_ls_waldir()"  # less the one in use at the start
         assert await query(url, sizes) == WAL_FILES * WAL_FILE_BYTES
         assert await query(url, "SELECT pg_size_bytes(current_setting('min_wal_size'))") == WAL_FILES * WAL_FILE_BYTES
+
+
+async def test_a_first_start_that_is_cancelled_keeps_the_folder_until_it_ends(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, syncing, go_on = cluster._run, threading.Event(), threading.Event()
+
+    def run_and_wait(one: cluster.Cluster, program: str, *arguments: str, given: str = "") -> None:
+        if "--sync-only" in arguments:
+            syncing.set()
+            go_on.wait(20)
+        run(one, program, *arguments, given=given)
+
+    async def start() -> None:
+        async with embedded.running(folder / "data"):
+            pass
+
+    monkeypatch.setattr(cluster, "_run", run_and_wait)
+    first = asyncio.create_task(start())
+    assert await asyncio.to_thread(syncing.wait, 20)
+    first.cancel()
+    with pytest.raises(EmbeddedUnusable, match="in use by another instance"):
+        await start()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    await start()
+
+
+async def test_a_first_start_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(one: cluster.Cluster, files: Path) -> None:
+        cluster._run(one, "postgres", "--single", "-D", str(files), "no_such_database")
+
+    monkeypatch.setattr(cluster, "_lay_out_wal", fail)
+    with pytest.raises(EmbeddedUnusable, match="no_such_database"):
+        async with embedded.running(folder / "data"):
+            pass
+    assert not list((folder / "data").glob("postgres*"))
 
 
 async def test_it_stops_with_the_service(folder: Path) -> None:

@@ -1,11 +1,13 @@
 """How results are gathered on their way into the database."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from uuid import UUID
 
 import pytest
+from msgspec import structs
 
 from app.jobs import batches, queue
 from app.jobs.database import Sessions
@@ -66,6 +68,27 @@ async def test_a_batch_is_finished_once_this_worker_has_no_more_of_it(sessions: 
     await recording.store(success(second))
     assert (await client.read(batch_id)).status == "completed"
     assert recording.asked == [{batch_id}]
+
+
+async def test_evidence_counts_as_what_is_stored_at_once(
+    sessions: Sessions, recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, worker = Client(sessions), Worker(sessions)
+    await client.submit(*["a.test"] * 3)
+    _, jobs = await worker.claim_one()
+    stored: list[int] = []
+    record = queue.record
+
+    async def noted(session, results, **how):  # type: ignore[no-untyped-def]
+        stored.append(len(results))
+        return await record(session, results, **how)
+
+    monkeypatch.setattr(queue, "record", noted)
+    monkeypatch.setattr(recorder, "RECORD_BYTES_MAX", 1_000)
+    for job in jobs:
+        recording.recorder.add(structs.replace(success(job), evidence=json.dumps({"x": "y" * 900})))
+    await until(lambda: recording.recorder.is_empty)
+    assert stored == [1, 1, 1]
 
 
 async def test_two_workers_store_the_same_bytes_at_once(sessions: Sessions, recording: Recording) -> None:
