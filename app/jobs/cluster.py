@@ -227,6 +227,15 @@ def _initialise(cluster: Cluster) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)  # the disk may be full of it
         raise
     unfinished.rename(cluster.files)
+    _sync(cluster.data_dir)  # else a loss of power might take the new name away, and jobs stored since with it
+
+
+def _sync(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _make_files(cluster: Cluster, files: Path) -> None:
