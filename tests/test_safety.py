@@ -49,7 +49,7 @@ from tests.fetch.name_server import Answers, serve_names
 from tests.fetch.servers import Visit, always, answering, asking, page, redirect, serve
 from tests.fetch.test_policy import HEADER_CASES, METHOD_CASES
 from tests.safety_network import PLAIN_PORTS, TLS_PORTS, NoNetwork, World, private_network, world
-from tests.services import Service, made_data_folder, serving
+from tests.services import Service, data_folder, serving
 from tests.waiting import until
 
 CASES = FILE.parent
@@ -58,7 +58,7 @@ SKIPPED_SHOWN_MAX = 100
 
 @pytest.fixture
 def data_dir() -> Iterator[Path]:
-    with made_data_folder() as folder:
+    with data_folder() as folder:
         yield folder
 
 

@@ -223,8 +223,9 @@ async def test_a_killed_service_leaves_no_worker_and_starts_again(data_dir: Path
         assert (await service.finished(batch["id"]))["counts"]["succeeded"] == 1
 
 
-@pytest.mark.parametrize("stage", ["bin/initdb -D", "bin/postgres --single -D"])
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("stage", "how"), [("bin/initdb -D", signal.SIGTERM), ("bin/postgres --single -D", signal.SIGKILL)]
+)
 async def test_a_first_start_that_was_ended_is_no_obstacle(data_dir: Path, stage: str, how: int) -> None:
     first = data_dir.parent / "first"
     process = await launch(first)
