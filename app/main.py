@@ -38,8 +38,9 @@ from app.fetch.policy import Policy
 from app.fetch.resolver import Resolver
 from app.fetch.transport import Transport
 from app.jobs import embedded
-from app.jobs.database import Sessions, make_autocommit, make_engine, make_sessions, migrate
+from app.jobs.database import Sessions, make_autocommit, make_engine, make_sessions
 from app.jobs.hints import Listener
+from app.jobs.migration import migrate
 from app.jobs.silence import watching
 from app.jobs.workers import Identity
 from app.listening import bound_socket, check_exposure, let_in, own_addresses
@@ -193,6 +194,14 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Capture none."""
         yield
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until told to stop; when cancelled, as by a signal during the start, end the application in order."""
+        try:
+            await super().serve(sockets)
+        except asyncio.CancelledError:
+            await self.lifespan.shutdown()
+            raise
 
     async def is_started(self, serving: asyncio.Task[None]) -> bool:
         """Wait until requests are answered; False when that failed, and uvicorn has logged why."""

@@ -11,7 +11,8 @@ import pytest
 import uvloop
 from sqlalchemy import make_url
 
-from app.jobs.database import Sessions, make_engine, make_sessions, migrate
+from app.jobs.database import Sessions, make_engine, make_sessions
+from app.jobs.migration import migrate
 from tests.databases import ServerThread, drop, recreate, with_database
 
 NUMBERS = itertools.count(1)

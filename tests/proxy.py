@@ -15,11 +15,13 @@ class Proxy:
 
     def __init__(self, socket_path: Path) -> None:
         self.port = 0
+        self.hidden_ends = 0
         self._socket_path = socket_path
         self._writers: set[asyncio.StreamWriter] = set()
         self._is_open = asyncio.Event()
         self._is_open.set()
         self._refuses = False
+        self._hides_ends = False
         self._pumps: set[asyncio.Task[None]] = set()
 
     @property
@@ -46,6 +48,10 @@ class Proxy:
         for pump in self._pumps:
             pump.cancel()
 
+    def hide_ends(self) -> None:
+        """From now on carry to the end what is sent, and not that it was the end."""
+        self._hides_ends = True
+
     async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Carry one connection to its end."""
         if self._refuses:
@@ -61,7 +67,7 @@ class Proxy:
         self._pumps |= pumps
         await asyncio.wait(pumps)
         self._pumps -= pumps
-        if not any(pump.cancelled() for pump in pumps):
+        if not self._hides_ends and not any(pump.cancelled() for pump in pumps):
             self._writers -= {writer, back}
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -70,7 +76,10 @@ class Proxy:
                 await self._is_open.wait()
                 writer.write(chunk)
                 await writer.drain()
-        writer.close()
+        if self._hides_ends:
+            self.hidden_ends += 1
+        else:
+            writer.close()
 
 
 @asynccontextmanager

@@ -48,11 +48,14 @@ class Program:
         return self.log.decode(errors="replace").splitlines()
 
     def send(self, signal_number: int) -> None:
-        self.process.send_signal(signal_number)
+        """Send a signal, if it has not ended."""
+        # Not by `process.send_signal`: it reaps one that has just died, and asyncio then makes its exit code up.
+        if self.is_alive:
+            os.kill(self.pid, signal_number)
 
     async def stop(self, signal_number: int = signal.SIGINT) -> int:
         """Send a signal, and return the exit code."""
-        self.process.send_signal(signal_number)
+        self.send(signal_number)
         return await self.ended()
 
     async def ended(self, *, within_s: float = STOP_S) -> int:
@@ -61,7 +64,7 @@ class Program:
 
     async def kill(self) -> None:
         """kill -9, and see it gone."""
-        self.process.kill()
+        self.send(signal.SIGKILL)
         await self.process.wait()
 
     async def read_log(self) -> None:

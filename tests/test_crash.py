@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from app.jobs.database import COMMAND_TIMEOUT_S, DATABASE_ERRORS, Sessions, make_engine, make_sessions
+from app.jobs import migration
+from app.jobs.database import (
+    COMMAND_TIMEOUT_S,
+    DATABASE_ERRORS,
+    DatabaseUnusable,
+    Sessions,
+    is_passing,
+    make_engine,
+    make_sessions,
+)
 from tests import web
 from tests.databases import connect
 from tests.postgresql import own_postgres
@@ -427,6 +436,43 @@ async def test_connections_that_fell_silent_are_given_up(data_dir: Path) -> None
             while (await service.call("GET", "/readyz")).status_code == 503:
                 pass
             await _is_working(service, worker)
+
+
+async def test_a_start_that_is_cut_off_without_a_word_ends_and_keeps_no_other_out(data_dir: Path) -> None:
+    """It holds the lock for which all others wait, and no line tells PostgreSQL that it is gone."""
+    async with own_postgres(data_dir) as postgres, proxying(postgres.socket_path) as proxy:
+        await migration.migrate(postgres.url)
+        other = await connect(postgres.url)
+        await other.execute("BEGIN; LOCK TABLE alembic_version")
+        cut_off = asyncio.create_task(migration.migrate(proxy.url))
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'relation'"
+        await until(lambda: other.fetchval(waiting))
+        proxy.abandon()
+        await other.execute("COMMIT")
+        await other.close()
+        async with asyncio.timeout(20):
+            with pytest.raises(DatabaseUnusable):
+                await cut_off
+            await migration.migrate(postgres.url)
+
+
+async def test_a_statement_between_the_news_of_an_end_and_the_end_fails_as_in_an_outage(data_dir: Path) -> None:
+    """asyncpg calls that a mistake of its own."""
+    async with own_postgres(data_dir) as postgres, proxying(postgres.socket_path) as proxy:
+        engine = make_engine(proxy.url)
+        async with make_sessions(engine)() as session:
+            pid = await session.scalar(text("SELECT pg_backend_pid()"))
+            proxy.hide_ends()
+            other = await connect(postgres.url)
+            await other.execute("SELECT pg_terminate_backend($1)", pid)
+            await until(lambda: proxy.hidden_ends)
+            await asyncio.sleep(0.1)  # for asyncpg to read the news, which it shows nobody
+            with pytest.raises(DATABASE_ERRORS) as raised:
+                await session.scalar(text("SELECT 1"))
+            await session.invalidate()
+        await other.close()
+        await engine.dispose()
+    assert is_passing(raised.value)
 
 
 async def _is_working(service: Service, worker: Program) -> None:

@@ -11,7 +11,8 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import text
 
-from app.jobs.database import Sessions, make_engine, make_sessions, migrate
+from app.jobs.database import Sessions, make_engine, make_sessions
+from app.jobs.migration import migrate
 from tests import debian, web
 from tests.databases import connect, drop, recreate, with_database
 from tests.services import data_folder, serving

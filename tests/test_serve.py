@@ -9,12 +9,15 @@ import signal
 import socket
 import stat
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from fastapi import FastAPI
 
+from app import main
 from tests.services import (
     START_S,
     STOP_S,
@@ -297,3 +300,21 @@ async def test_a_service_stops_though_nobody_reads_what_it_says(data_dir: Path) 
         transport.close()
         await asyncio.sleep(0)  # it closes in the next turn of the loop
         assert await service.stop() == 0
+
+
+async def test_a_server_cancelled_as_it_starts_ends_its_application_first() -> None:
+    ended: list[bool] = []
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        ended.append(True)
+
+    server = main._Server(main._uvicorn_config(FastAPI(lifespan=lifespan)))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        assert await server.is_started(serving)
+        serving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await serving
+    assert ended

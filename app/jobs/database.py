@@ -1,17 +1,13 @@
-"""The way to PostgreSQL: engine, sessions and migration at start."""
+"""The way to PostgreSQL: engine, sessions, connections, and what their errors mean."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import asyncpg
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import Connection, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.pool import NullPool
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 CONNECT_TIMEOUT_S = 5.0
 POOL_TIMEOUT_S = 5.0
@@ -22,9 +18,6 @@ LOCK_TIMEOUT_S = 10.0
 IDLE_IN_TRANSACTION_TIMEOUT_S = 5.0
 """No transaction waits for anything but PostgreSQL: one that stands still belongs to a process frozen or cut off. Every
 claim passes over the hosts it has locked until this ends it (with 30 s they waited 30 s, whatever the lease)."""
-POSTGRESQL_VERSION_MIN = 15
-MIGRATION_LOCK = 7_306_080_214
-"""Key of the transaction-level advisory lock under which migrations run; any number, the same for ever."""
 
 ASYNCPG = "postgresql+asyncpg://"
 URL_PARAMETERS = frozenset({"host", "port", "sslmode"})
@@ -43,19 +36,22 @@ WITHOUT_PREPARED: dict[str, Any] = {
 
 logger = logging.getLogger(__name__)
 
-MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
-
 MISTAKES = ("0A", "21", "22", "23", "42")
 """Classes by which PostgreSQL says that a statement or a value is wrong: a fault of ours. All others say "not now"."""
 
 CONFLICTS = ("40001", "40P01")
 """Serialization failure and deadlock."""
-LOCK_NOT_AVAILABLE = "55P03"
-MIGRATION_TRIES = 5
 
 Sessions = async_sessionmaker[AsyncSession]
 
-DATABASE_ERRORS = (DBAPIError, PoolTimeout, OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
+DATABASE_ERRORS = (
+    DBAPIError,
+    PoolTimeout,
+    OSError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # for a statement on a connection that has heard of its end and not yet ended
+)
 """What a statement raises when PostgreSQL is away, overloaded or refuses: worth another try, and no bug of ours."""
 
 
@@ -110,7 +106,7 @@ def make_engine(url: str, *, pgbouncer: bool = False, pool_size: int = 5, generi
     statement is kept and no start-up parameter sent: each transaction then sets its own deadlines. Raises
     `DatabaseUnusable` for a URL it cannot follow.
     """
-    arguments = _arguments(url)
+    arguments = driver_arguments(url)
     if pgbouncer:
         arguments |= WITHOUT_PREPARED
     else:
@@ -142,38 +138,6 @@ def make_autocommit(engine: AsyncEngine) -> Sessions:
     return async_sessionmaker(engine.execution_options(isolation_level="AUTOCOMMIT"), autoflush=False)
 
 
-async def migrate(url: str, *, pgbouncer: bool = False) -> None:
-    """Bring the schema up to date, in one transaction under an advisory lock, so that many may start at once.
-
-    Raises `DatabaseUnusable` when PostgreSQL is unreachable, refuses, or is older than version 15, and when a table is
-    kept locked by others, try after try.
-    """
-    # Without deadlines: a migration may take long, and others wait for it.
-    arguments = _arguments(url) | {"command_timeout": None} | (WITHOUT_PREPARED if pgbouncer else {})
-    engine = create_async_engine(ASYNCPG, poolclass=NullPool, connect_args=arguments)
-    try:
-        await _migrate_among_others(engine)
-    except (OSError, TimeoutError, DBAPIError, asyncpg.PostgresError) as error:
-        raise DatabaseUnusable(_advice(error)) from error
-    finally:
-        await engine.dispose()
-
-
-async def _migrate_among_others(engine: AsyncEngine) -> None:
-    """Try again when the transactions of services at work were in the way: a deadlock, or a lock not had in time."""
-    for tries_left in reversed(range(MIGRATION_TRIES)):
-        try:
-            async with engine.begin() as connection:
-                await _require_version(connection)
-                await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
-                await connection.run_sync(_upgrade)
-            return
-        except DBAPIError as error:
-            if not tries_left or sqlstate(error) not in (*CONFLICTS, LOCK_NOT_AVAILABLE):
-                raise
-            logger.warning("The migration gives way to a transaction at work: %s", reason(error))
-
-
 async def driver(session: AsyncSession) -> asyncpg.Connection:
     """Return the driver's own connection, for what SQLAlchemy cannot do, in the transaction of a session.
 
@@ -192,42 +156,10 @@ async def ping(session: AsyncSession) -> None:
 
 async def connect(url: str) -> asyncpg.Connection:
     """Open a connection beside the engine's, not for PgBouncer; the caller closes it."""
-    return await asyncpg.connect(**_arguments(url), server_settings=SESSION)
+    return await asyncpg.connect(**driver_arguments(url), server_settings=SESSION)
 
 
-def alembic_config() -> Config:
-    """Configuration for Alembic's commands, the same from the command line and at start."""
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
-    return config
-
-
-def _upgrade(connection: Connection) -> None:
-    config = alembic_config()
-    config.attributes["connection"] = connection
-    command.upgrade(config, "head")
-
-
-async def _require_version(connection: AsyncConnection) -> None:
-    number = await connection.scalar(text("SELECT current_setting('server_version_num')::int"))
-    version = int(number or 0) // 10_000
-    if version < POSTGRESQL_VERSION_MIN:
-        raise DatabaseUnusable(
-            f"DATABASE_URL leads to PostgreSQL {version}, and Fetchpool needs {POSTGRESQL_VERSION_MIN} or newer: "
-            "upgrade it, name another one, or leave DATABASE_URL unset for an embedded PostgreSQL."
-        )
-
-
-def _advice(error: BaseException) -> str:
-    if sqlstate(error) in (*CONFLICTS, LOCK_NOT_AVAILABLE):
-        return (
-            f"The tables at DATABASE_URL could not be migrated: {reason(error)}, {MIGRATION_TRIES} times. "
-            "End the transactions that hold them (pg_stat_activity shows them) and start again."
-        )
-    return f"PostgreSQL at DATABASE_URL cannot be used: {reason(error)}. Check that it runs and that the URL is right."
-
-
-def _arguments(url: str) -> dict[str, Any]:
+def driver_arguments(url: str) -> dict[str, Any]:
     """Translate a libpq-style URL to the arguments of asyncpg's connect; only some parameters can be followed."""
     address = make_url(url)
     query = {name: str(value) for name, value in address.query.items()}

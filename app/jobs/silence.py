@@ -3,10 +3,13 @@
 Such a connection is never closed, so a statement on it waits for its whole deadline, though a new one would be answered
 at once. So one that is in use for long is asked after on another. Where PostgreSQL cannot be reached at all, nothing is
 ended: there is nothing better to be had.
+
+PostgreSQL does not know either. It keeps the locks of a transaction whose client stopped in the middle of a statement,
+and no time-out of its own ends that, so whoever is held up ends it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -14,7 +17,7 @@ import asyncpg
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from app.jobs.database import DATABASE_ERRORS, connect
+from app.jobs.database import COMMAND_TIMEOUT_S, DATABASE_ERRORS, connect
 
 LOOK_EVERY_S = 0.5
 IN_USE_S = 1.5
@@ -31,6 +34,17 @@ AT_WORK = """
         OR state = 'active' AND (wait_event IS DISTINCT FROM 'ClientRead' OR query LIKE 'COPY %')
     )
 """
+
+# $1 have just been given up. Others should long have sent the rest of a statement: whoever should is frozen or cut off.
+END = """
+    SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+    WHERE application_name = current_setting('application_name') AND usename = current_user
+        AND datname = current_database() AND (
+            pid = ANY($1::int[])
+            OR state = 'active' AND wait_event = 'ClientRead' AND state_change < now() - make_interval(secs => $2)
+        )
+"""
+UNFINISHED_S_MAX = COMMAND_TIMEOUT_S + 5.0
 
 
 @asynccontextmanager
@@ -73,22 +87,19 @@ class _Watch:
             self._end_use(each)
         return {each: use for each, use in self._in_use.items() if each in self._long_in_use}
 
-    async def _end_silent(self, connections: Mapping[asyncpg.Connection, asyncio.TimerHandle]) -> None:
-        at_work = await self._find_at_work([each.get_server_pid() for each in connections])
-        for each, use in connections.items():
-            if self._in_use.get(each) is use and each.get_server_pid() not in at_work:
-                each.terminate()  # who waits for it has its error now, and the engine makes all its connections anew
-
-    async def _find_at_work(self, pids: Sequence[int]) -> set[int]:
+    async def _end_silent(self, uses: Mapping[asyncpg.Connection, asyncio.TimerHandle]) -> None:
+        pids = {each: each.get_server_pid() for each in uses}  # which a connection that has ended does not tell
         async with asyncio.timeout(ASK_TIMEOUT_S):
             connection = await connect(self._url)
-            own = connection.get_server_pid()
             try:
-                at_work = {row["pid"] for row in await connection.fetch(AT_WORK, [*pids, own])}
-                # Where not even this one is seen (a proxy with pids of its own, no tracking), nothing can be told.
-                return at_work if own in at_work else {*pids}
+                at_work = await _find_at_work(connection, pids.values())
+                silent = [each for each in uses if self._in_use.get(each) is uses[each] and pids[each] not in at_work]
+                await connection.execute(END, [pids[each] for each in silent], UNFINISHED_S_MAX)
             finally:
                 connection.terminate()
+        for each in silent:
+            if self._in_use.get(each) is uses[each]:
+                each.terminate()  # its user has an error now, and the engine makes all its connections anew
 
     def _note_checkout(self, adapted: Any, *_: object) -> None:
         connection = adapted.driver_connection
@@ -106,3 +117,10 @@ class _Watch:
         if (use := self._in_use.pop(connection, None)) is not None:
             use.cancel()
             self._long_in_use.discard(connection)
+
+
+async def _find_at_work(connection: asyncpg.Connection, pids: Collection[int]) -> set[int]:
+    own = connection.get_server_pid()
+    at_work = {row["pid"] for row in await connection.fetch(AT_WORK, [*pids, own])}
+    # Where not even this one is seen (a proxy with pids of its own, no tracking), nothing can be told.
+    return at_work if own in at_work else {*pids}

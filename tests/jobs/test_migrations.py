@@ -3,7 +3,8 @@
 import asyncio
 import os
 
-from app.jobs.database import make_engine, migrate
+from app.jobs.database import make_engine
+from app.jobs.migration import migrate
 from app.jobs.tables import metadata
 from tests.databases import connect, drop, recreate, with_database
 from tests.waiting import until

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 from sqlalchemy import text
 
+from app.jobs import database, silence
 from app.jobs.database import DATABASE_ERRORS, driver, make_engine, make_sessions
 from app.jobs.silence import IN_USE_S, watching
 from tests.databases import connect
@@ -56,6 +57,21 @@ async def test_a_connection_whose_server_waits_for_the_rest_of_a_statement_is_en
         await _has_ended(database_url, pid)
         await session.invalidate()
     await engine.dispose()
+
+
+async def test_who_is_held_up_ends_a_transaction_whose_client_stopped_within_a_statement(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a worker that is frozen, or whose machine is gone, while its line seems to live."""
+    monkeypatch.setattr(silence, "UNFINISHED_S_MAX", 1.0)
+    stopped = await database.connect(database_url)
+    await stopped.execute("BEGIN; LOCK TABLE host")
+    await stopped.prepare("SELECT 1")
+    engine = make_engine(database_url)
+    async with watching(engine, database_url), make_sessions(engine)() as session:
+        assert await session.scalar(text("SELECT count(*) FROM host")) == 0
+    await engine.dispose()
+    stopped.terminate()
 
 
 async def test_nothing_is_ended_where_no_server_can_be_told(database_url: str) -> None:
