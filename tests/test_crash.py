@@ -475,6 +475,16 @@ async def test_a_statement_between_the_news_of_an_end_and_the_end_fails_as_in_an
     assert is_passing(raised.value)
 
 
+async def test_a_connection_that_fell_silent_keeps_nobody_from_ending(data_dir: Path) -> None:
+    async with own_postgres(data_dir) as postgres, proxying(postgres.socket_path) as proxy:
+        engine = make_engine(proxy.url)
+        async with make_sessions(engine)() as session:
+            await session.execute(text("SELECT 1"))
+        proxy.abandon()
+        async with asyncio.timeout(COMMAND_TIMEOUT_S / 2):
+            await engine.dispose()
+
+
 async def _is_working(service: Service, worker: Program) -> None:
     async with web.serving() as site:
         await service.finished((await service.post([site.url("/")]))["id"])

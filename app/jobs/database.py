@@ -122,6 +122,7 @@ def make_engine(url: str, *, pgbouncer: bool = False, pool_size: int = 5, generi
     )
     if pgbouncer:
         event.listen(engine.sync_engine, "begin", _set_local_deadlines)
+    event.listen(engine.sync_engine, "close", hang_up)
     return engine
 
 
@@ -179,6 +180,11 @@ def driver_arguments(url: str) -> dict[str, Any]:
         "timeout": CONNECT_TIMEOUT_S,
         "command_timeout": COMMAND_TIMEOUT_S,
     }
+
+
+def hang_up(adapted: Any, _: object) -> None:
+    """Close without a farewell, for the answer to which asyncpg waits as for a statement's, on a dead line too."""
+    adapted.driver_connection.terminate()
 
 
 def _deadlines() -> dict[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
@@ -19,6 +19,7 @@ from app.jobs.database import (
     WITHOUT_PREPARED,
     DatabaseUnusable,
     driver_arguments,
+    hang_up,
     reason,
     sqlstate,
 )
@@ -47,6 +48,7 @@ async def migrate(url: str, *, pgbouncer: bool = False) -> None:
     arguments = driver_arguments(url) | {"command_timeout": None}
     arguments |= WITHOUT_PREPARED if pgbouncer else {"server_settings": SESSION}
     engine = create_async_engine(ASYNCPG, poolclass=NullPool, connect_args=arguments)
+    event.listen(engine.sync_engine, "close", hang_up)
     # Behind PgBouncer a program that is cut off does not come to know: no server is a connection's own.
     watched = nullcontext() if pgbouncer else watching(engine, url)
     try:
