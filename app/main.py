@@ -200,7 +200,7 @@ class _Server(uvicorn.Server):
         try:
             await super().serve(sockets)
         except asyncio.CancelledError:
-            await self.lifespan.shutdown()
+            await (self.shutdown(sockets) if self.started else self.lifespan.shutdown())
             raise
 
     async def is_started(self, serving: asyncio.Task[None]) -> bool:

@@ -55,8 +55,7 @@ class Seat:
         if program is None or not program.is_alive:
             return None
         self._asked.add(program.pid)
-        with suppress(ProcessLookupError):
-            program.send(signal_number)
+        program.send(signal_number)
         return program
 
     async def _start(self) -> Program:
@@ -194,8 +193,7 @@ async def _send_twice(worker: Seat, first: int, then: int, *, pause_s: float) ->
     if program is None:
         return False
     await asyncio.sleep(pause_s)
-    if program.is_alive:
-        program.send(then)
+    program.send(then)
     return True
 
 

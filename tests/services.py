@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -48,10 +48,11 @@ class Program:
         return self.log.decode(errors="replace").splitlines()
 
     def send(self, signal_number: int) -> None:
-        """Send a signal, if it has not ended."""
+        """Send a signal, unless it has ended."""
         # Not by `process.send_signal`: it reaps one that has just died, and asyncio then makes its exit code up.
         if self.is_alive:
-            os.kill(self.pid, signal_number)
+            with suppress(ProcessLookupError):  # reaped, and asyncio about to say so
+                os.kill(self.pid, signal_number)
 
     async def stop(self, signal_number: int = signal.SIGINT) -> int:
         """Send a signal, and return the exit code."""

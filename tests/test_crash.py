@@ -456,6 +456,23 @@ async def test_a_start_that_is_cut_off_without_a_word_ends_and_keeps_no_other_ou
             await migration.migrate(postgres.url)
 
 
+async def test_a_start_that_is_cut_off_keeps_no_other_out_for_long_though_nobody_looks(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As behind PgBouncer, where a start does not come to know that its line is dead."""
+    monkeypatch.setattr(migration, "IDLE_S_MAX", 1.0)
+    async with own_postgres(data_dir) as postgres, proxying(postgres.socket_path) as proxy:
+        other = await connect(postgres.url)
+        await other.execute(f"BEGIN; SELECT pg_advisory_xact_lock({migration.LOCK})")
+        cut_off = asyncio.create_task(migration.migrate(proxy.url, pgbouncer=True))
+        await until(lambda: other.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+        proxy.abandon()
+        await other.close()
+        async with asyncio.timeout(20):
+            await migration.migrate(postgres.url)
+        cut_off.cancel()
+
+
 async def test_a_statement_between_the_news_of_an_end_and_the_end_fails_as_in_an_outage(data_dir: Path) -> None:
     """asyncpg calls that a mistake of its own."""
     async with own_postgres(data_dir) as postgres, proxying(postgres.socket_path) as proxy:

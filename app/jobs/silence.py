@@ -5,7 +5,7 @@ at once. So one that is in use for long is asked after on another. Where Postgre
 ended: there is nothing better to be had.
 
 PostgreSQL does not know either. It keeps the locks of a transaction whose client stopped in the middle of a statement,
-and no time-out of its own ends that, so whoever is held up ends it.
+and no time-out of its own ends that. Where such locks are passed over nobody waits for them, so upkeep looks too.
 """
 
 import asyncio
@@ -15,9 +15,9 @@ from typing import Any
 
 import asyncpg
 from sqlalchemy import event
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from app.jobs.database import COMMAND_TIMEOUT_S, DATABASE_ERRORS, connect
+from app.jobs.database import APPLICATION, COMMAND_TIMEOUT_S, DATABASE_ERRORS, connect
 
 LOOK_EVERY_S = 0.5
 IN_USE_S = 1.5
@@ -35,16 +35,22 @@ AT_WORK = """
     )
 """
 
-# $1 have just been given up. Others should long have sent the rest of a statement: whoever should is frozen or cut off.
+# $1 have just been given up. The others should long have sent the rest of a statement, or taken its answer; whoever
+# should is frozen or cut off.
 END = """
     SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-    WHERE application_name = current_setting('application_name') AND usename = current_user
-        AND datname = current_database() AND (
-            pid = ANY($1::int[])
-            OR state = 'active' AND wait_event = 'ClientRead' AND state_change < now() - make_interval(secs => $2)
-        )
+    WHERE application_name = $3 AND usename = current_user AND datname = current_database() AND (
+        pid = ANY($1::int[]) AND state <> 'idle' AND state_change < now() - interval '1 second'
+        OR state = 'active' AND wait_event IN ('ClientRead', 'ClientWrite')
+            AND state_change < now() - make_interval(secs => $2)
+    )
 """
 UNFINISHED_S_MAX = COMMAND_TIMEOUT_S + 5.0
+
+
+async def end_unfinished(session: AsyncSession) -> None:
+    """End the transactions of clients that stopped in the middle of a statement; behind PgBouncer none can be told."""
+    await (await session.connection()).exec_driver_sql(END, ([], UNFINISHED_S_MAX, APPLICATION))
 
 
 @asynccontextmanager
@@ -91,15 +97,16 @@ class _Watch:
         pids = {each: each.get_server_pid() for each in uses}  # which a connection that has ended does not tell
         async with asyncio.timeout(ASK_TIMEOUT_S):
             connection = await connect(self._url)
+            silent = []
             try:
                 at_work = await _find_at_work(connection, pids.values())
                 silent = [each for each in uses if self._in_use.get(each) is uses[each] and pids[each] not in at_work]
-                await connection.execute(END, [pids[each] for each in silent], UNFINISHED_S_MAX)
+                await connection.execute(END, [pids[each] for each in silent], UNFINISHED_S_MAX, APPLICATION)
             finally:
                 connection.terminate()
-        for each in silent:
-            if self._in_use.get(each) is uses[each]:
-                each.terminate()  # its user has an error now, and the engine makes all its connections anew
+                for each in silent:
+                    if self._in_use.get(each) is uses[each]:
+                        each.terminate()  # its user has an error now, and the engine makes all its connections anew
 
     def _note_checkout(self, adapted: Any, *_: object) -> None:
         connection = adapted.driver_connection

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 
-from app.jobs import batches, database, hints, hosts, queue
+from app.jobs import batches, database, hints, hosts, queue, silence
 from app.jobs.batches import Chores
 from app.jobs.database import DATABASE_ERRORS, Sessions
 from app.jobs.hints import Listener
@@ -22,7 +22,7 @@ listener, which asks whether there is one."""
 FINISH_EVERY_S = 5.0
 """Between two looks for batches to finish."""
 SWEEP_EVERY_S = 15.0
-"""Between two looks for stranded jobs and for hosts to forget."""
+"""Between two looks for what the vanished left: open transactions, stranded jobs, and hosts to forget."""
 BATCHES_PER_ROUND_MAX = 1_000
 CANCEL_CHUNK = 10_000
 ERASE_CHUNK = 2_000
@@ -96,6 +96,7 @@ class Upkeep:
             (self._cancel_batches, chores.has_unfinished),
             (self._finish_batches, chores.has_unfinished and is_finish_due),
             (self._erase_batches, chores.has_deleted),
+            (self._end_unfinished, chores.has_unfinished and is_sweep_due),
             (self._rescue_stranded, chores.has_unfinished and is_sweep_due),
             (self._forget_hosts, is_sweep_due),
         )
@@ -129,6 +130,10 @@ class Upkeep:
             while is_left and time.monotonic() < gives_way_at:
                 async with self._sessions.begin() as session:
                     is_left = await batches.erase(session, batch_id, limit=ERASE_CHUNK) > 0
+
+    async def _end_unfinished(self) -> None:
+        async with self._autocommit() as session:
+            await silence.end_unfinished(session)
 
     async def _rescue_stranded(self) -> None:
         async with self._sessions.begin() as session:

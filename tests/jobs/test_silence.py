@@ -2,13 +2,16 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
+import asyncpg
 import pytest
 from sqlalchemy import text
 
-from app.jobs import database, silence
-from app.jobs.database import DATABASE_ERRORS, driver, make_engine, make_sessions
-from app.jobs.silence import IN_USE_S, watching
+from app.jobs import silence
+from app.jobs.database import APPLICATION, DATABASE_ERRORS, Sessions, driver, make_engine, make_sessions
+from app.jobs.migration import LOCK, migrate
+from app.jobs.silence import IN_USE_S, end_unfinished, watching
 from tests.databases import connect
 from tests.waiting import until
 
@@ -59,19 +62,35 @@ async def test_a_connection_whose_server_waits_for_the_rest_of_a_statement_is_en
     await engine.dispose()
 
 
-async def test_who_is_held_up_ends_a_transaction_whose_client_stopped_within_a_statement(
+async def test_a_start_that_is_held_up_ends_a_transaction_whose_client_stopped_within_a_statement(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a worker that is frozen, or whose machine is gone, while its line seems to live."""
+    """As a program that is frozen, or whose machine is gone, while its line seems to live."""
     monkeypatch.setattr(silence, "UNFINISHED_S_MAX", 1.0)
-    stopped = await database.connect(database_url)
-    await stopped.execute("BEGIN; LOCK TABLE host")
-    await stopped.prepare("SELECT 1")
-    engine = make_engine(database_url)
-    async with watching(engine, database_url), make_sessions(engine)() as session:
-        assert await session.scalar(text("SELECT count(*) FROM host")) == 0
-    await engine.dispose()
-    stopped.terminate()
+    async with stopped_within_a_statement(database_url, f"SELECT pg_advisory_xact_lock({LOCK})"), asyncio.timeout(20):
+        await migrate(database_url)
+
+
+async def test_upkeep_ends_such_a_transaction_when_it_is_old_and_nothing_else(
+    sessions: Sessions, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def end() -> None:
+        async with sessions() as session:
+            await end_unfinished(session)
+
+    async with (
+        stopped_within_a_statement(database_url, "LOCK TABLE host") as stopped,
+        stopped_within_a_statement(database_url, "SELECT 1", application="another") as of_another,
+        sessions.begin() as held_up,
+    ):
+        answer = asyncio.create_task(held_up.scalar(text("SELECT count(*) FROM host")))
+        await end()
+        assert not answer.done()
+        monkeypatch.setattr(silence, "UNFINISHED_S_MAX", 0.0)
+        await end()
+        assert await answer == 0
+        await until(stopped.is_closed)
+        assert await _state(database_url, of_another.get_server_pid()) == "active"
 
 
 async def test_nothing_is_ended_where_no_server_can_be_told(database_url: str) -> None:
@@ -85,6 +104,20 @@ async def test_nothing_is_ended_where_no_server_can_be_told(database_url: str) -
         for _ in range(4):
             assert await session.scalar(text("SELECT pg_sleep(:s) IS NULL"), {"s": IN_USE_S}) is False
     await engine.dispose()
+
+
+@asynccontextmanager
+async def stopped_within_a_statement(
+    url: str, before: str, *, application: str = APPLICATION
+) -> AsyncIterator[asyncpg.Connection]:
+    """A client that has sent the first half of a statement, in a transaction."""
+    connection = await asyncpg.connect(url, server_settings={"application_name": application})
+    try:
+        await connection.execute(f"BEGIN; {before}")
+        await connection.prepare("SELECT 1")
+        yield connection
+    finally:
+        connection.terminate()
 
 
 async def _state(url: str, pid: int) -> str:
