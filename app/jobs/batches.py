@@ -51,18 +51,20 @@ START = text("""
     WITH chosen AS MATERIALIZED (
         SELECT id FROM batch WHERE id = ANY(CAST(:ids AS uuid[])) AND status = 'queued'
         ORDER BY id FOR UPDATE
+    ), started AS (
+        UPDATE batch SET status = 'running', started_at = now()
+        FROM chosen WHERE batch.id = chosen.id AND batch.status = 'queued'
     )
-    UPDATE batch SET status = 'running', started_at = now()
-    FROM chosen WHERE batch.id = chosen.id AND batch.status = 'queued'
+    SELECT id, options FROM batch WHERE id = ANY(CAST(:ids AS uuid[]))
 """)
-
-OPTIONS = text("SELECT id, options FROM batch WHERE id = ANY(CAST(:ids AS uuid[]))")
 
 
 async def start(session: AsyncSession, ids: Collection[UUID]) -> dict[UUID, dict[str, Any]]:
-    """Mark queued batches as running, now that jobs of them were claimed; return the options of each."""
-    await session.execute(START, {"ids": list(ids)})
-    return {row.id: row.options for row in await session.execute(OPTIONS, {"ids": list(ids)})}
+    """Mark queued batches as running, now that jobs of them were claimed; return the options of each.
+
+    One statement, which may be a transaction of its own.
+    """
+    return {row.id: row.options for row in await session.execute(START, {"ids": list(ids)})}
 
 
 # The tallies before the batch, as everywhere.

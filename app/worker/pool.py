@@ -312,7 +312,7 @@ class Pool:
     async def _learn_options(self) -> None:
         """Read the options of batches met for the first time; their jobs wait for it."""
         if unknown := self._slots.unknown:
-            async with self._sessions.begin() as session:
+            async with self._autocommit.begin() as session:
                 learned = await batches.start(session, unknown)
             self._slots.learn_options(learned)
 

@@ -167,7 +167,6 @@ STATEMENTS: list[tuple[str, TextClause, Mapping[str, Any]]] = [
     ("find by key", batches.BY_KEY, {"key": "k", "kept_s": 60.0}),
     ("chores", batches.CHORES, {}),
     ("start batches", batches.START, BATCHES),
-    ("read options", batches.OPTIONS, BATCHES),
     ("find cancelled", batches.CANCELLED, BATCHES),
     ("cancel a batch", batches.CANCEL, {"id": uuid4()}),
     ("finish batches", batches.FINISH, BATCHES),
