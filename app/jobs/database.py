@@ -23,7 +23,7 @@ ASYNCPG = "postgresql+asyncpg://"
 URL_PARAMETERS = frozenset({"host", "port", "sslmode"})
 KEEPALIVES = {"tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5", "tcp_keepalives_count": "3"}
 """Seconds, and how many: PostgreSQL misses a client whose machine is gone, even while it waits for the rest of a COPY,
-for which there is no other time-out."""
+for which it has no time-out of its own."""
 APPLICATION = "fetchpool"
 SESSION = {"application_name": APPLICATION, "timezone": "UTC", "jit": "off"} | KEEPALIVES
 GENERIC_PLANS = {"plan_cache_mode": "force_generic_plan"}

@@ -76,15 +76,9 @@ async def _migrate_among_others(engine: AsyncEngine) -> None:
             logger.warning("The migration gives way to a transaction at work: %s", reason(error))
 
 
-def alembic_config() -> Config:
-    """Configuration for Alembic's commands, the same from the command line and at start."""
+def _upgrade(connection: Connection) -> None:
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
-    return config
-
-
-def _upgrade(connection: Connection) -> None:
-    config = alembic_config()
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
 
