@@ -67,16 +67,6 @@ async def start(session: AsyncSession, ids: Collection[UUID]) -> dict[UUID, dict
     return {row.id: row.options for row in await session.execute(START, {"ids": list(ids)})}
 
 
-# The tallies before the batch, as everywhere.
-LOCK_TALLIES = text("""
-    SELECT shard FROM tally WHERE batch_id = :id ORDER BY shard FOR UPDATE
-""")
-CANCEL_TALLIES = text("""
-    UPDATE tally SET cancel_requested = true
-    WHERE batch_id = :id AND NOT cancel_requested AND EXISTS (
-        SELECT 1 FROM batch WHERE batch.id = :id AND finished_at IS NULL
-    )
-""")
 CANCEL = text("""
     UPDATE batch SET cancel_requested_at = now()
     WHERE id = :id AND finished_at IS NULL AND cancel_requested_at IS NULL
@@ -92,8 +82,6 @@ async def cancel(session: AsyncSession, batch_id: UUID) -> bool:
     """
     if not await session.scalar(EXISTS, {"id": batch_id}):
         return False
-    await session.execute(LOCK_TALLIES, {"id": batch_id})
-    await session.execute(CANCEL_TALLIES, {"id": batch_id})
     await session.execute(CANCEL, {"id": batch_id})
     return True
 
@@ -137,8 +125,8 @@ FINISH = text(f"""
 async def finish(session: AsyncSession, ids: Collection[UUID]) -> set[UUID]:
     """Finish those of the batches that have nothing left to run, and hint at it; return which.
 
-    Call it in a transaction later than the one that recorded the last job: two that record the last jobs of two
-    shards at once do not see each other.
+    One statement, which may be a transaction of its own. Call it later than the transaction that recorded the last job:
+    two that record the last jobs of two shards at once do not see each other.
     """
     return {row.id for row in await session.execute(FINISH, {"ids": list(ids)})}
 

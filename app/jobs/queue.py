@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.jobs import bodies, copying, leases, listing, tallies
 from app.jobs.ids import new_job_ids, shard_of_hash
-from app.jobs.leases import OLDEST_UNFINISHED, WAITING_BATCHES
+from app.jobs.leases import BEING_CANCELLED, OLDEST_UNFINISHED, waiting_batches
 from app.jobs.listing import list_keys
 from app.jobs.tallies import Change, HistogramKey
 from app.jobs.values import (
@@ -45,10 +45,11 @@ pages. Sorting more at once would hold an event loop for long."""
 
 BATCHES_PER_TURN_MIN = 8
 BATCHES_PER_TURN_MAX = 100
-TURNS_PER_WIDE = 16
+TURNS_PER_DETOUR = 16
+DETOUR_BATCHES_MAX = 1_000
 """A claim shares a host out among the oldest batches with jobs due, as many as it wants jobs but at least eight, and
-the newest. Once in so many times it takes as many at random of the first hundred, so that none of these waits for the
-others to end. It looks at no more, for each of them costs it what a job does."""
+the newest. It looks at no more, for each of them costs it what a job does. Once in so many turns it makes a detour: it
+begins at a random one of the first thousand batches, so that none of these waits for the others to end."""
 
 ACCUSED_S_MIN = 5.0
 """Shortest time that a worker lost with a suspect has to be heard of again: it may have slept, and be reconnecting."""
@@ -169,9 +170,9 @@ def _neighbours_together(jobs: NewJobs, positions: range) -> Iterator[int]:
         yield from sorted(part, key=jobs.host_hashes.__getitem__)
 
 
-# The last batch that waits at a host, with its first job as in WAITING_BATCHES, found from the end of the index;
+# The last batch that waits at a host, with its first job as in `waiting_batches`, found from the end of the index;
 # nothing when it is among the `chosen`. Stands where these and `turn` are in scope.
-NEWEST_BATCH = """
+NEWEST_BATCH = f"""
     SELECT newest.batch_id, earliest.run_at, earliest.place, earliest.id FROM (
         SELECT batch_id FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
             AND batch_id > (SELECT batch_id FROM chosen ORDER BY batch_id DESC LIMIT 1)
@@ -181,8 +182,17 @@ NEWEST_BATCH = """
         SELECT run_at, ctid AS place, id FROM job WHERE status = 'queued' AND shard = turn.shard AND host = turn.host
             AND batch_id = newest.batch_id ORDER BY run_at LIMIT 1
     ) AS earliest
-    WHERE NOT (SELECT cancel_requested FROM tally WHERE tally.shard = turn.shard AND tally.batch_id = newest.batch_id)
+    WHERE newest.batch_id NOT IN {BEING_CANCELLED}
 """
+
+# One for all turns of a statement, which reads them once, if at all.
+RANDOM_UNFINISHED = f"""(
+    SELECT id FROM (
+        SELECT id FROM batch WHERE finished_at IS NULL ORDER BY id LIMIT {DETOUR_BATCHES_MAX}
+    ) AS first ORDER BY random() LIMIT 1
+)"""
+FROM_START = waiting_batches(since=f"coalesce(turn.detour, {OLDEST_UNFINISHED})")
+SKIPPED_BY_DETOUR = waiting_batches(before="batch_id < turn.detour")
 
 CLAIMED_COLUMNS = ", ".join(f"job.{name}" for name in ClaimedJob.__struct_fields__)
 """In the order of the fields, for jobs are made of rows by position."""
@@ -207,20 +217,20 @@ def _taking(turns: str) -> str:
     """
     return f"""
     turn AS MATERIALIZED (
-        SELECT t.shard, t.host, t.lease, t.wanted, s.sharing,
-            CASE WHEN random() * {TURNS_PER_WIDE} < 1 THEN {BATCHES_PER_TURN_MAX} ELSE s.sharing END AS reach
+        SELECT t.shard, t.host, t.lease, t.wanted,
+            least(greatest(wanted, {BATCHES_PER_TURN_MIN}), {BATCHES_PER_TURN_MAX}) AS sharing,
+            CASE WHEN random() * {TURNS_PER_DETOUR} < 1 THEN {RANDOM_UNFINISHED} END AS detour
         FROM {turns}
-        CROSS JOIN LATERAL (
-            SELECT least(greatest(wanted, {BATCHES_PER_TURN_MIN}), {BATCHES_PER_TURN_MAX}) AS sharing
-        ) AS s
     ), picked AS MATERIALIZED (
         SELECT due.place, turn.shard, due.id, turn.lease
         FROM turn CROSS JOIN LATERAL (
             WITH chosen AS MATERIALIZED (
                 SELECT * FROM (
-                    SELECT * FROM ({WAITING_BATCHES}) AS waits WHERE run_at <= now() LIMIT turn.reach
-                ) AS reached
-                ORDER BY random() LIMIT turn.sharing
+                    SELECT * FROM ({FROM_START}) AS waits WHERE run_at <= now()
+                    UNION ALL
+                    SELECT * FROM ({SKIPPED_BY_DETOUR}) AS waits WHERE run_at <= now() AND turn.detour IS NOT NULL
+                ) AS waits
+                LIMIT turn.sharing
             ), first_jobs AS MATERIALIZED (
                 SELECT * FROM chosen
                 UNION ALL

@@ -74,8 +74,10 @@ batch = Table(
     CheckConstraint("idempotency_key IS NULL OR request_sha256 IS NOT NULL", name="key_has_request"),
     # batches.find_by_key, and the last guard against two batches of one key
     Index("batch_key", "idempotency_key", unique=True, postgresql_where=text("idempotency_key IS NOT NULL")),
-    # upkeep: batches that may be finished, or have rows to cancel
+    # claims: the oldest; upkeep: those that may be finished
     Index("batch_unfinished", "id", postgresql_where=text("finished_at IS NULL")),
+    # claims and releases: batches of which nothing runs any more; upkeep: those that have rows to cancel
+    Index("batch_cancelling", "id", postgresql_where=text("finished_at IS NULL AND cancel_requested_at IS NOT NULL")),
     # upkeep: batches whose rows are to be erased
     Index("batch_deleted", "id", postgresql_where=text("deleted_at IS NOT NULL")),
 )
@@ -227,7 +229,6 @@ tally = Table(
     _count("cancelled"),
     Column("wire_bytes", BigInteger, nullable=False, server_default=text("0")),
     Column("body_bytes", BigInteger, nullable=False, server_default=text("0")),
-    Column("cancel_requested", Boolean, nullable=False, server_default=text("false")),
     # finished with HTTP status 200, as most are; the histogram has all other statuses
     _count("http_200"),
     PrimaryKeyConstraint("shard", "batch_id"),

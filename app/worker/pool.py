@@ -84,7 +84,10 @@ class Pool:
         self._woken = asyncio.Event()
         self._holds: Holds = {}
         self._recorder = Recorder(
-            sessions, on_stored=self._note_stored, present_batches=lambda: self._slots.present_batches()
+            sessions,
+            autocommit=autocommit,
+            on_stored=self._note_stored,
+            present_batches=lambda: self._slots.present_batches(),
         )
         self._slots = Slots(
             count=settings.slots,

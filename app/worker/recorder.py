@@ -41,10 +41,12 @@ class Recorder:
         self,
         sessions: Sessions,
         *,
+        autocommit: Sessions,
         on_stored: Callable[[Sequence[Result]], None],
         present_batches: Callable[[], set[UUID]],
     ) -> None:
         self._sessions = sessions
+        self._autocommit = autocommit
         self._on_stored = on_stored
         self._present_batches = present_batches
         self._maybe_finished: set[UUID] = set()
@@ -185,7 +187,7 @@ class Recorder:
         """Finish what may be finished: not a batch of which this worker has more, whose results come `later`."""
         present = self._present_batches() | {result.job.batch_id for result in later}
         if asked := self._maybe_finished - present:
-            async with self._sessions.begin() as session:
+            async with self._autocommit.begin() as session:
                 await batches.finish(session, asked)
             self._maybe_finished -= asked
 

@@ -203,8 +203,8 @@ def what_runs_is_covered_by_a_lease_or_will_be_rescued(picture: Picture) -> Iter
 def no_wake_up_is_lost(picture: Picture) -> Iterator[object]:
     """A host with something to run is leased, or due as soon as it may be."""
     for job in picture.jobs.values():
-        tally = picture.tallies.get((job["shard"], job["batch_id"]))
-        if job["status"] != "queued" or tally is None or tally["cancel_requested"]:
+        batch = picture.batches.get(job["batch_id"])
+        if job["status"] != "queued" or batch is None or batch["cancel_requested_at"] is not None:
             continue
         host = picture.hosts.get((job["shard"], job["host"]))
         if host is None or (
@@ -227,11 +227,8 @@ def a_batch_has_as_many_jobs_as_its_tallies(picture: Picture) -> Iterator[object
             yield batch, tallies
 
 
-def a_batch_and_its_tallies_agree_on_its_cancelling(picture: Picture) -> Iterator[object]:
-    for tally in picture.tallies.values():
-        batch = picture.batches.get(tally["batch_id"])
-        if batch is None or tally["cancel_requested"] != (batch["cancel_requested_at"] is not None):
-            yield tally, batch
+def tallies_belong_to_batches(picture: Picture) -> Iterator[object]:
+    yield from (tally for tally in picture.tallies.values() if tally["batch_id"] not in picture.batches)
 
 
 def bodies_are_there_as_long_as_jobs_want_them(picture: Picture) -> Iterator[object]:
@@ -278,7 +275,7 @@ STATE_RULES = (
     no_wake_up_is_lost,
     a_finished_batch_has_nothing_left,
     a_batch_has_as_many_jobs_as_its_tallies,
-    a_batch_and_its_tallies_agree_on_its_cancelling,
+    tallies_belong_to_batches,
     bodies_are_there_as_long_as_jobs_want_them,
     jobs_are_listed_in_their_places,
     earlier_attempts_belong_to_jobs,
@@ -411,7 +408,7 @@ class Play(RuleBasedStateMachine):
     def _take(self, jobs: list[ClaimedJob]) -> None:
         for job in jobs:
             assert self.picture.jobs[job.id]["status"] in ("queued", "running")
-            assert not self.picture.tallies[job.shard, job.batch_id]["cancel_requested"], "claimed though cancelled"
+            assert self.picture.batches[job.batch_id]["cancel_requested_at"] is None, "claimed though cancelled"
 
     @rule(pick=PICK, count=st.integers(1, 3), is_known=st.booleans())
     def refill(self, pick: int, count: int, is_known: bool) -> None:

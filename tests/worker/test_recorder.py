@@ -44,7 +44,10 @@ class Recording:
 @pytest.fixture
 async def recording(sessions: Sessions, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Recording]:
     present: set[UUID] = set()
-    recording = Recording(Recorder(sessions, on_stored=lambda _: None, present_batches=lambda: present.copy()), present)
+    recording = Recording(
+        Recorder(sessions, autocommit=sessions, on_stored=lambda _: None, present_batches=lambda: present.copy()),
+        present,
+    )
     finish = batches.finish
 
     async def noted(session, ids):  # type: ignore[no-untyped-def]

@@ -28,7 +28,7 @@ async def slots(sessions: Sessions) -> AsyncIterator[Slots]:
             limits=LIMITS,
             holds={},
             transport=Transport(policy=POLICY, resolver=resolver, user_agent="Fetchpool tests"),
-            recorder=Recorder(sessions, on_stored=lambda _: None, present_batches=set),
+            recorder=Recorder(sessions, autocommit=sessions, on_stored=lambda _: None, present_batches=set),
             wake=lambda: None,
         )
 
