@@ -26,6 +26,9 @@ KEEPALIVES = {"tcp_keepalives_idle": "10", "tcp_keepalives_interval": "5", "tcp_
 for which it has no time-out of its own."""
 APPLICATION = "fetchpool"
 SESSION = {"application_name": APPLICATION, "timezone": "UTC", "jit": "off"} | KEEPALIVES
+BY_INDEX = {"enable_seqscan": "off", "enable_bitmapscan": "off"}
+"""No session reads a table as it lies, however small: what a statement locks, it locks in the order of its values or of
+an index (docs/decisions/0018)."""
 GENERIC_PLANS = {"plan_cache_mode": "force_generic_plan"}
 WITHOUT_PREPARED: dict[str, Any] = {
     "statement_cache_size": 0,
@@ -111,7 +114,7 @@ def make_engine(url: str, *, pgbouncer: bool = False, pool_size: int = 5, generi
     if pgbouncer:
         arguments |= WITHOUT_PREPARED
     else:
-        arguments["server_settings"] = SESSION | _deadlines() | (GENERIC_PLANS if generic_plans else {})
+        arguments["server_settings"] = SESSION | BY_INDEX | _deadlines() | (GENERIC_PLANS if generic_plans else {})
     engine = create_async_engine(
         ASYNCPG,
         pool_size=pool_size,
@@ -122,7 +125,7 @@ def make_engine(url: str, *, pgbouncer: bool = False, pool_size: int = 5, generi
         connect_args=arguments,
     )
     if pgbouncer:
-        event.listen(engine.sync_engine, "begin", _set_local_deadlines)
+        event.listen(engine.sync_engine, "begin", _set_locally)
     event.listen(engine.sync_engine, "close", hang_up)
     return engine
 
@@ -196,8 +199,8 @@ def _deadlines() -> dict[str, str]:
     }
 
 
-def _set_local_deadlines(connection: Connection) -> None:
+def _set_locally(connection: Connection) -> None:
     calls = ", ".join(
-        f"set_config('{name}', '{value}', true)" for name, value in (_deadlines() | {"jit": "off"}).items()
+        f"set_config('{name}', '{value}', true)" for name, value in (BY_INDEX | _deadlines() | {"jit": "off"}).items()
     )
     connection.exec_driver_sql(f"SELECT {calls}")

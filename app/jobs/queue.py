@@ -2,8 +2,7 @@
 
 Functions take a session and never commit; the caller's `async with sessions.begin()` is the transaction. Locks are
 taken in one order everywhere (host, job, attempt, body, body_shared, tally, histogram, batch) and in key order within
-each, so that they cannot deadlock (for the one exception see UPDATE_JOBS). Decides nothing about retries: it stores
-what the worker decided.
+each, so that they cannot deadlock. Decides nothing about retries: it stores what the worker decided.
 """
 
 import struct
@@ -46,10 +45,10 @@ pages. Sorting more at once would hold an event loop for long."""
 BATCHES_PER_TURN_MIN = 8
 BATCHES_PER_TURN_MAX = 100
 TURNS_PER_DETOUR = 16
-DETOUR_BATCHES_MAX = 1_000
+DETOUR_BATCHES_MAX = 100
 """A claim shares a host out among the oldest batches with jobs due, as many as it wants jobs but at least eight, and
 the newest. It looks at no more, for each of them costs it what a job does. Once in so many turns it makes a detour: it
-begins at a random one of the first thousand batches, so that none of these waits for the others to end."""
+begins at a random one of the first hundred batches, so that none of these waits for the others to end."""
 
 ACCUSED_S_MIN = 5.0
 """Shortest time that a worker lost with a suspect has to be heard of again: it may have slept, and be reconnecting."""
@@ -271,15 +270,14 @@ def _taking(turns: str) -> str:
 TAKE_JOBS = text(f"WITH {_taking(WANTED)} SELECT * FROM taken")
 
 # Of hosts that are held, in one statement with what it counts: each costs its worker and PostgreSQL 0.2 ms to begin.
+# For the order in which it locks tallies see `tallies.CHANGE`.
 REFILL = text(f"""
     WITH held AS MATERIALIZED ({leases.LOCKED_IF_HELD}), {_taking(f"{WANTED} JOIN held USING (shard, host)")},
-    counted AS MATERIALIZED (SELECT shard, batch_id, count(*) AS n FROM taken GROUP BY shard, batch_id),
-    locked_tally AS MATERIALIZED (
-        SELECT shard, batch_id, counted.n FROM tally JOIN counted USING (shard, batch_id)
-        ORDER BY shard, batch_id FOR UPDATE OF tally
+    counted AS MATERIALIZED (
+        SELECT batch_id, shard, count(*) AS n FROM taken GROUP BY batch_id, shard ORDER BY batch_id, shard
     ), changed AS (
-        UPDATE tally SET queued = tally.queued - locked_tally.n, running = tally.running + locked_tally.n
-        FROM locked_tally WHERE tally.shard = locked_tally.shard AND tally.batch_id = locked_tally.batch_id
+        UPDATE tally SET queued = tally.queued - counted.n, running = tally.running + counted.n
+        FROM counted WHERE tally.batch_id = counted.batch_id AND tally.shard = counted.shard
     )
     SELECT * FROM taken
 """)
@@ -356,7 +354,7 @@ def _in_order(rows: Sequence[Sequence[Any]]) -> list[ClaimedJob]:
 # rows in key order. Two things keep the planner to it: each array is the value of a SELECT, so that it does not know
 # how many there are and join tables read whole; and IS NOT DISTINCT FROM, not =, which it would match with
 # `job_running`, by host. A table of a few hundred jobs, or one said to be so by statistics of a quiet moment, it may
-# read whole all the same, and lock rows as they lie: a rescue of these jobs just then is a deadlock, which is retried.
+# read whole all the same, but by the index of its keys (database.BY_INDEX).
 UPDATE_JOBS = """
     UPDATE job SET
         status = result.status, alone = false, accused = false,

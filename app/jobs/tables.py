@@ -1,7 +1,7 @@
 """The tables. Their named CHECKs carry the status rules, so that a wrong program cannot store a wrong row.
 
-Every table but those of whole batches and of workers is led by `shard`, the top 8 bits of the host's hash, so that it
-could be spread over many servers; no foreign key, sequence, trigger or unique constraint crosses a shard. Each index
+Every table but those of whole batches and of workers has `shard` in its key, the top 8 bits of the host's hash, so that
+it could be spread over many servers; no foreign key, sequence, trigger or unique constraint crosses a shard. Each index
 says what for.
 """
 
@@ -231,11 +231,11 @@ tally = Table(
     Column("body_bytes", BigInteger, nullable=False, server_default=text("0")),
     # finished with HTTP status 200, as most are; the histogram has all other statuses
     _count("http_200"),
-    PrimaryKeyConstraint("shard", "batch_id"),
+    # the only index, and so the order in which tallies are locked (tallies.CHANGE); by batch, of which reads.get_batch
+    # adds up the at most 256
+    PrimaryKeyConstraint("batch_id", "shard"),
     CheckConstraint("least(queued, running, succeeded, failed, cancelled) >= 0", name="counts_not_negative"),
     CheckConstraint("queued + running + succeeded + failed + cancelled = total", name="counts_add_up"),
-    # reads.get_batch: the at most 256 rows of a batch
-    Index("tally_batch", "batch_id"),
     postgresql_with=HOT_ROWS,
 )
 
