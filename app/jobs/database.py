@@ -27,8 +27,8 @@ for which it has no time-out of its own."""
 APPLICATION = "fetchpool"
 SESSION = {"application_name": APPLICATION, "timezone": "UTC", "jit": "off"} | KEEPALIVES
 BY_INDEX = {"enable_seqscan": "off", "enable_bitmapscan": "off"}
-"""No session reads a table as it lies, however small: what a statement locks, it locks in the order of its values or of
-an index (docs/decisions/0018)."""
+"""No session of an engine reads jobs or tallies as they lie, however few: what a statement locks, it locks in the order
+of its values or of an index (docs/decisions/0018)."""
 GENERIC_PLANS = {"plan_cache_mode": "force_generic_plan"}
 WITHOUT_PREPARED: dict[str, Any] = {
     "statement_cache_size": 0,

@@ -47,8 +47,8 @@ LEASE_HOSTS = text("""
     WHERE host.shard = claimed.shard AND host.host = claimed.host
 """)
 
-# Nothing of these is claimed any more. Few, and read once a statement (IN, not EXISTS): to ask each batch by its key
-# was a tenth of what a claim at many batches cost.
+# Nothing of these is claimed any more. Few, and hashed once where they are asked for (IN, not EXISTS): to ask each by
+# its key was a tenth of what a claim at many batches cost.
 BEING_CANCELLED = "(SELECT id FROM batch WHERE finished_at IS NULL AND cancel_requested_at IS NOT NULL)"
 
 

@@ -44,10 +44,10 @@ pages. Sorting more at once would hold an event loop for long."""
 
 BATCHES_PER_TURN_MIN = 8
 BATCHES_PER_TURN_MAX = 100
-TURNS_PER_DETOUR = 16
+STATEMENTS_PER_DETOUR = 16
 DETOUR_BATCHES_MAX = 100
 """A claim shares a host out among the oldest batches with jobs due, as many as it wants jobs but at least eight, and
-the newest. It looks at no more, for each of them costs it what a job does. Once in so many turns it makes a detour: it
+the newest. It looks at no more, for each of them costs it what a job does. Once in so many times it makes a detour: it
 begins at a random one of the first hundred batches, so that none of these waits for the others to end."""
 
 ACCUSED_S_MIN = 5.0
@@ -184,11 +184,13 @@ NEWEST_BATCH = f"""
     WHERE newest.batch_id NOT IN {BEING_CANCELLED}
 """
 
-# One for all turns of a statement, which reads them once, if at all.
-RANDOM_UNFINISHED = f"""(
+# Where all turns of a statement begin, or nothing: drawn once for all, so that most statements do not look.
+DETOUR = f"""(
     SELECT id FROM (
         SELECT id FROM batch WHERE finished_at IS NULL ORDER BY id LIMIT {DETOUR_BATCHES_MAX}
-    ) AS first ORDER BY random() LIMIT 1
+    ) AS first
+    WHERE (SELECT random() * {STATEMENTS_PER_DETOUR} < 1)
+    ORDER BY random() LIMIT 1
 )"""
 FROM_START = waiting_batches(since=f"coalesce(turn.detour, {OLDEST_UNFINISHED})")
 SKIPPED_BY_DETOUR = waiting_batches(before="batch_id < turn.detour")
@@ -218,7 +220,7 @@ def _taking(turns: str) -> str:
     turn AS MATERIALIZED (
         SELECT t.shard, t.host, t.lease, t.wanted,
             least(greatest(wanted, {BATCHES_PER_TURN_MIN}), {BATCHES_PER_TURN_MAX}) AS sharing,
-            CASE WHEN random() * {TURNS_PER_DETOUR} < 1 THEN {RANDOM_UNFINISHED} END AS detour
+            {DETOUR} AS detour
         FROM {turns}
     ), picked AS MATERIALIZED (
         SELECT due.place, turn.shard, due.id, turn.lease

@@ -37,7 +37,7 @@ class Change:
 
 # A column that is empty is one of zeros: of ten, a claim changes two. Rows are locked as they are changed, one look-up
 # for each instead of two, and in key order whatever the plan: either the changes find their rows one by one, and come
-# in that order, or the rows are read in the order of their only index, for sessions read no table as it lies
+# in that order, or the rows are read in the order of their only index, for no session reads them as they lie
 # (database.BY_INDEX).
 CHANGE = text("""
     WITH changed AS (

@@ -231,12 +231,17 @@ async def test_rows_are_locked_in_the_order_of_an_index_though_the_tables_are_sm
     """Read as they lie, they were locked so, and two statements that do it otherwise were a deadlock."""
     await Client(sessions).submit("h", "i")
     await vacuum(sessions)
-    values = {"refill": HELD | {"wanted": [8], "jobs_max": 100}, "record": results(2), "change": TALLIES}
-    for name, statement in (("refill", queue.REFILL), ("record", queue.RECORD_FINISHED), ("change", tallies.CHANGE)):
+    statements: list[tuple[TextClause, dict[str, Any]]] = [
+        (queue.REFILL, HELD | {"wanted": [8], "jobs_max": 100}),
+        (queue.RECORD_FINISHED, results(2)),
+        (tallies.CHANGE, TALLIES),
+    ]
+    for statement, values in statements:
         async with sessions.begin() as session:
-            rows = await session.execute(text(f"EXPLAIN {statement.text}"), values[name])
+            rows = await session.execute(text(f"EXPLAIN {statement.text}"), values)
             steps = "\n".join(row[0] for row in rows)
-        assert not re.search(r"(Seq|Bitmap Heap) Scan on (job|tally)\b", steps), f"{name}:\n{steps}"
+        assert not re.search(r"(Seq|Bitmap Heap) Scan on (job|tally)\b", steps), steps
+        assert set(re.findall(r"using (\w+) on tally\b", steps)) <= {"tally_pkey"}, steps
 
 
 async def test_a_release_looks_no_further_than_the_first_batch_that_is_due(filled: Sessions) -> None:
