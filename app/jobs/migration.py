@@ -76,11 +76,16 @@ async def _migrate_among_others(engine: AsyncEngine) -> None:
             logger.warning("The migration gives way to a transaction at work: %s", reason(error))
 
 
-def _upgrade(connection: Connection) -> None:
+def alembic_config(connection: Connection) -> Config:
+    """Make the configuration with which Alembic's commands run in the transaction of a connection."""
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    return config
+
+
+def _upgrade(connection: Connection) -> None:
+    command.upgrade(alembic_config(connection), "head")
 
 
 async def _require_version(connection: AsyncConnection) -> None:

@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection
 
 from app.jobs.database import make_engine
-from app.jobs.migration import MIGRATIONS, migrate
+from app.jobs.migration import alembic_config, migrate
 from app.jobs.tables import metadata
 from tests.databases import connect, drop, recreate, with_database
 from tests.waiting import until
@@ -42,16 +41,9 @@ async def schema(url: str) -> set[tuple[str, ...]]:
 
 
 async def run_alembic(url: str, run: Callable[[Config, str], None], revision: str) -> None:
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
-
-    def to_revision(connection: Connection) -> None:
-        config.attributes["connection"] = connection
-        run(config, revision)
-
     engine = make_engine(url)
     async with engine.begin() as connection:
-        await connection.run_sync(to_revision)
+        await connection.run_sync(lambda connection: run(alembic_config(connection), revision))
     await engine.dispose()
 
 
