@@ -38,7 +38,7 @@ from app.fetch.policy import Policy
 from app.fetch.resolver import Resolver
 from app.fetch.transport import Transport
 from app.jobs import embedded
-from app.jobs.database import Sessions, make_autocommit, make_engine, make_sessions
+from app.jobs.database import in_autocommit, make_engine, make_sessions
 from app.jobs.hints import Listener
 from app.jobs.migration import migrate
 from app.jobs.silence import watching
@@ -153,7 +153,7 @@ async def _serve_until_stopped(settings: Settings, listener: socket.socket) -> N
 def _make_api(settings: Settings, engine: AsyncEngine, port: int) -> FastAPI:
     return create_app(
         sessions=make_sessions(engine),
-        autocommit=_make_autocommit(engine, settings),
+        autocommit=_in_autocommit(engine, settings),
         policy=_make_policy(settings, port),
         version=__version__,
         host=settings.host,
@@ -291,7 +291,7 @@ async def _work_until_stopped(settings: Settings, transport: Transport, *, of_a_
     engine = make_engine(
         _database_url(settings), pgbouncer=settings.pgbouncer, pool_size=WORKER_CONNECTIONS, generic_plans=True
     )
-    sessions, autocommit = make_sessions(engine), _make_autocommit(engine, settings)
+    sessions, autocommit = make_sessions(engine), make_sessions(_in_autocommit(engine, settings))
     listener = Listener()
     pool = Pool(
         sessions=sessions,
@@ -424,8 +424,8 @@ async def _migrate(settings: Settings) -> None:
     await migrate(_database_url(settings), pgbouncer=settings.pgbouncer)
 
 
-def _make_autocommit(engine: AsyncEngine, settings: Settings) -> Sessions:
-    return make_sessions(engine) if settings.pgbouncer else make_autocommit(engine)
+def _in_autocommit(engine: AsyncEngine, settings: Settings) -> AsyncEngine:
+    return engine if settings.pgbouncer else in_autocommit(engine)
 
 
 def _watched(engine: AsyncEngine, settings: Settings) -> AbstractAsyncContextManager[None]:

@@ -29,8 +29,8 @@ LEFT = 8_000
 """What the smallest case still has pending when the measuring ends, but for what is done between two looks."""
 
 LOOK_S = 0.25
-"""A look reads every tally, of which many batches have tens of thousands: five times as often, it took a tenth of a core
-from the service that is measured, and its caches."""
+"""A look reads every tally, of which many batches have tens of thousands: five times as often, it took a tenth of a
+core, and the caches, from the service that is measured."""
 TAKE_S_MAX = 120.0
 DRAIN_S_MAX = 1_200.0
 SETTLE_S = 75.0

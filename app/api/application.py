@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.api import batches, docs, health, jobs, metrics, problems
 from app.api.context import Context
@@ -19,7 +20,7 @@ from app.jobs.database import Sessions
 def create_app(
     *,
     sessions: Sessions,
-    autocommit: Sessions,
+    autocommit: AsyncEngine,
     policy: Policy,
     version: str,
     host: str,

@@ -9,11 +9,11 @@ from uuid import UUID
 from fastapi import APIRouter, Header, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from starlette.responses import Response, StreamingResponse
 
 from app.api import examples, paging, problems, results
-from app.api.context import Context, Here
+from app.api.context import Context, context_of
 from app.api.intake import Submission
 from app.api.problems import Problem
 from app.api.replies import IfNoneMatch, Representation, reply, reply_json, represent
@@ -28,7 +28,7 @@ from app.api.schemas import (
     batch_view,
     job_view,
 )
-from app.api.waiting import WaitAsked, applied
+from app.api.waiting import Prefer, applied, wait_asked_s
 from app.jobs import batches, hints, queue, reads
 from app.jobs.database import DATABASE_ERRORS, is_conflict, is_passing, reason
 from app.jobs.values import NewBatch
@@ -134,10 +134,9 @@ class ResultsQuery(BaseModel):
     },
     openapi_extra=examples.BATCH_REQUEST,
 )
-async def create_batch(
-    request: Request, context: Here, wait_s: WaitAsked, idempotency_key: IdempotencyKey = None
-) -> Response:
+async def create_batch(request: Request, prefer: Prefer = None, idempotency_key: IdempotencyKey = None) -> Response:
     """Take a batch in, store it, and only then answer."""
+    context, wait_s = context_of(request), wait_asked_s(prefer)
     batch_id, stored = await _store(request, context, idempotency_key)
     await _hint(context)
     headers = {"Location": f"/v1/batches/{batch_id}"}
@@ -157,10 +156,10 @@ async def create_batch(
         **problems.documented(problems.INVALID_PARAMETER, problems.INVALID_CURSOR),
     },
 )
-async def list_batches(context: Here, query: Annotated[BatchesQuery, Query()]) -> Response:
+async def list_batches(request: Request, query: Annotated[BatchesQuery, Query()]) -> Response:
     """Show a page of batches."""
     before = paging.read_batch_cursor(query.cursor)
-    async with context.sessions.begin() as session:
+    async with context_of(request).sessions.begin() as session:
         # One more than the page, to know whether there is another.
         found = await reads.list_batches(session, limit=query.limit + 1, before=before, status=query.status)
     shown = found[: query.limit]
@@ -182,9 +181,10 @@ async def list_batches(context: Here, query: Annotated[BatchesQuery, Query()]) -
     },
 )
 async def get_batch(
-    batch_id: BatchId, request: Request, context: Here, wait_s: WaitAsked, if_none_match: IfNoneMatch = None
+    batch_id: BatchId, request: Request, prefer: Prefer = None, if_none_match: IfNoneMatch = None
 ) -> Response:
     """Show a batch, when there is news of it if the client waits."""
+    context, wait_s = context_of(request), wait_asked_s(prefer)
 
     def is_news(seen: Seen) -> bool:
         if if_none_match is None:
@@ -211,11 +211,11 @@ async def get_batch(
         **problems.documented(problems.BATCH_NOT_FOUND, problems.INVALID_PARAMETER, problems.INVALID_CURSOR),
     },
 )
-async def list_batch_jobs(batch_id: BatchId, context: Here, query: Annotated[JobsQuery, Query()]) -> Response:
+async def list_batch_jobs(batch_id: BatchId, request: Request, query: Annotated[JobsQuery, Query()]) -> Response:
     """Show a page of jobs."""
     after = paging.read_job_cursor(query.cursor)
     where = reads.JobFilter(status=query.status, error=query.error, http_status=query.http_status, host=query.host)
-    async with context.sessions.begin() as session:
+    async with context_of(request).sessions.begin() as session:
         await _require(session, batch_id)
         found = await reads.list_jobs(session, batch_id, after=after, limit=query.limit + 1, where=where)
     shown = found[: query.limit]
@@ -236,11 +236,13 @@ async def list_batch_jobs(batch_id: BatchId, context: Here, query: Annotated[Job
         **problems.documented(problems.BATCH_NOT_FOUND, problems.INVALID_PARAMETER),
     },
 )
-async def stream_batch_results(batch_id: BatchId, context: Here, query: Annotated[ResultsQuery, Query()]) -> Response:
+async def stream_batch_results(
+    batch_id: BatchId, request: Request, query: Annotated[ResultsQuery, Query()]
+) -> Response:
     """Stream what is finished."""
-    async with context.sessions.begin() as session:
+    async with context_of(request).sessions.begin() as session:
         await _require(session, batch_id)
-    lines = results.stream(context.sessions, batch_id, with_bodies=query.include == "body")
+    lines = results.stream(context_of(request).sessions, batch_id, with_bodies=query.include == "body")
     return StreamingResponse(lines, media_type="application/x-ndjson")
 
 
@@ -254,9 +256,9 @@ async def stream_batch_results(batch_id: BatchId, context: Here, query: Annotate
     response_description="Cancelling was asked for; the batch is `cancelled` once no job of it is left.",
     responses=problems.documented(problems.BATCH_NOT_FOUND, problems.INVALID_PARAMETER),
 )
-async def cancel_batch(batch_id: BatchId, context: Here) -> Response:
+async def cancel_batch(batch_id: BatchId, request: Request) -> Response:
     """Ask for a batch to be cancelled, and show it."""
-    async with context.sessions.begin() as session:
+    async with context_of(request).sessions.begin() as session:
         await batches.cancel(session, batch_id)
         batch = await _require(session, batch_id)
     return _show(_seen(batch), status=202)
@@ -271,9 +273,9 @@ async def cancel_batch(batch_id: BatchId, context: Here) -> Response:
     response_description="It is gone.",
     responses=problems.documented(problems.BATCH_NOT_FOUND, problems.BATCH_NOT_FINISHED, problems.INVALID_PARAMETER),
 )
-async def delete_batch(batch_id: BatchId, context: Here) -> Response:
+async def delete_batch(batch_id: BatchId, request: Request) -> Response:
     """Hide a finished batch from every reader at once."""
-    async with context.sessions.begin() as session:
+    async with context_of(request).sessions.begin() as session:
         outcome = await batches.delete(session, batch_id)
     match outcome:
         case "deleted":
@@ -380,12 +382,12 @@ async def _wait_until_finished(request: Request, context: Context, *, batch_id: 
 
 
 async def _look(context: Context, batch_id: UUID) -> Seen:
-    async with context.autocommit() as session:
-        batch = await _require(session, batch_id)
+    async with context.autocommit.connect() as connection:
+        batch = await _require(connection, batch_id)
     return _seen(batch)
 
 
-async def _require(session: AsyncSession, batch_id: UUID) -> reads.Batch:
+async def _require(session: AsyncSession | AsyncConnection, batch_id: UUID) -> reads.Batch:
     batch = await reads.get_batch(session, batch_id)
     if batch is None:
         raise Problem(problems.BATCH_NOT_FOUND)

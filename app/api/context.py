@@ -1,9 +1,9 @@
 """What the endpoints need of their process: the sessions, the intake and the waits."""
 
 from dataclasses import dataclass
-from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Request
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.api.intake import Intake
 from app.api.waiting import Waits
@@ -15,17 +15,15 @@ class Context:
     """Made once by `create_app`, handed to every endpoint."""
 
     sessions: Sessions
-    autocommit: Sessions
-    """For what one SELECT answers, and is asked for often."""
+    autocommit: AsyncEngine
+    """For what one SELECT answers, and is asked for often: by way of a session a poll takes a tenth more."""
     intake: Intake
     waits: Waits
     is_open: bool
     """No token is asked for: whoever sees the pages may see stored batches too."""
 
 
-async def _context(request: Request) -> Context:
+def context_of(request: Request) -> Context:
+    """Return the context of the application that got the request. No dependency: FastAPI solves each at some length."""
     context: Context = request.app.state.context
     return context
-
-
-Here = Annotated[Context, Depends(_context)]

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.api import problems
-from app.api.context import Here
+from app.api.context import context_of
 from app.api.replies import reply_json
 from app.api.schemas import HealthView
 from app.jobs import database
@@ -42,8 +42,8 @@ async def get_health(request: Request) -> Response:
     responses=problems.documented(problems.DATABASE_UNAVAILABLE),
     openapi_extra=NO_TOKEN,
 )
-async def get_readiness(request: Request, context: Here) -> Response:
+async def get_readiness(request: Request) -> Response:
     """Ask the database for the least it can do."""
-    async with asyncio.timeout(READY_TIMEOUT_S), context.sessions.begin() as session:
+    async with asyncio.timeout(READY_TIMEOUT_S), context_of(request).sessions.begin() as session:
         await database.ping(session)
     return reply_json(HealthView(version=request.app.version))

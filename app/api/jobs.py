@@ -4,11 +4,11 @@ import re
 from typing import Annotated, Literal, assert_never
 from uuid import UUID
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Path, Request
 from starlette.responses import Response
 
 from app.api import examples, problems
-from app.api.context import Here
+from app.api.context import context_of
 from app.api.problems import Problem
 from app.api.replies import REVALIDATE, IfNoneMatch, Representation, reply_json
 from app.api.schemas import JOB_ID_EXAMPLE, JobDetailView, job_detail_view
@@ -37,9 +37,9 @@ JobId = Annotated[UUID, Path(description="The job's id.", examples=[JOB_ID_EXAMP
     summary="Show everything known of a job",
     responses=problems.documented(problems.JOB_NOT_FOUND, problems.INVALID_PARAMETER),
 )
-async def get_job(job_id: JobId, context: Here) -> Response:
+async def get_job(job_id: JobId, request: Request) -> Response:
     """Show a job."""
-    async with context.sessions.begin() as session:
+    async with context_of(request).sessions.begin() as session:
         job = await reads.get_job(session, job_id)
     if job is None:
         raise Problem(problems.JOB_NOT_FOUND)
@@ -60,9 +60,9 @@ async def get_job(job_id: JobId, context: Here) -> Response:
         ),
     },
 )
-async def get_job_body(job_id: JobId, context: Here, if_none_match: IfNoneMatch = None) -> Response:
+async def get_job_body(job_id: JobId, request: Request, if_none_match: IfNoneMatch = None) -> Response:
     """Send the bytes."""
-    async with context.sessions.begin() as session:
+    async with context_of(request).sessions.begin() as session:
         found = await reads.get_body(session, job_id)
     body = _require_body(found)
     representation = Representation(body.content, f'"{body.sha256}"')

@@ -3,13 +3,13 @@
 import asyncio
 from collections.abc import Iterator, Sequence
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 
-from app.api.context import Here
+from app.api.context import context_of
 from app.jobs import workers
 from app.jobs.workers import Heartbeat
 
@@ -20,9 +20,9 @@ router = APIRouter()
 
 
 @router.get("/metrics", include_in_schema=False)
-async def get_metrics(context: Here) -> Response:
+async def get_metrics(request: Request) -> Response:
     """Answer the same whichever API process is asked: all of it comes from the database."""
-    async with asyncio.timeout(TIMEOUT_S), context.sessions.begin() as session:
+    async with asyncio.timeout(TIMEOUT_S), context_of(request).sessions.begin() as session:
         heartbeats = await workers.list_workers(session, limit=WORKERS_MAX)
     registry = CollectorRegistry()
     registry.register(_Workers(heartbeats))

@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Annotated, TypeVar
 from uuid import UUID
 
-from fastapi import Depends, Header
+from fastapi import Header
 from starlette.requests import Request
 
 from app.jobs.hints import FINISHED, Listener
@@ -109,25 +109,22 @@ class Waits:
                 del self._hints[key]
 
 
-async def _wait_asked(
-    prefer: Annotated[
-        str | None,
-        Header(
-            alias="Prefer",
-            description="`wait=N`: answer when the batch is finished (with If-None-Match: when it has changed), "
-            f"after N seconds at the latest, at most {WAIT_S_MAX} (RFC 7240).",
-        ),
-    ] = None,
-) -> int | None:
-    """Read the seconds of `Prefer: wait=N`; None without one. Other preferences are not ours."""
+Prefer = Annotated[
+    str | None,
+    Header(
+        alias="Prefer",
+        description="`wait=N`: answer when the batch is finished (with If-None-Match: when it has changed), "
+        f"after N seconds at the latest, at most {WAIT_S_MAX} (RFC 7240).",
+    ),
+]
+
+
+def wait_asked_s(prefer: str | None) -> int | None:
+    """Return the seconds that the client is ready to wait, None when it did not say; other preferences are not ours."""
     for preference in (prefer or "").split(","):
         if match := _WAIT.fullmatch(preference.split(";")[0].strip()):
             return min(int(match[1]), WAIT_S_MAX)
     return None
-
-
-WaitAsked = Annotated[int | None, Depends(_wait_asked)]
-"""Seconds the client is ready to wait, None when it did not say."""
 
 
 def applied(wait_s: int | None) -> dict[str, str]:

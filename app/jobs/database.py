@@ -135,12 +135,13 @@ def make_sessions(engine: AsyncEngine) -> Sessions:
     return async_sessionmaker(engine, expire_on_commit=False, autoflush=False)
 
 
-def make_autocommit(engine: AsyncEngine) -> Sessions:
-    """Make sessions in which each statement is a transaction: without BEGIN and COMMIT, two round trips of three.
+def in_autocommit(engine: AsyncEngine) -> AsyncEngine:
+    """Use the engine's connections so that each statement is a transaction: without BEGIN and COMMIT, two round trips
+    of three.
 
     Not behind PgBouncer, where it takes a transaction to set deadlines.
     """
-    return async_sessionmaker(engine.execution_options(isolation_level="AUTOCOMMIT"), autoflush=False)
+    return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
 async def driver(session: AsyncSession) -> asyncpg.Connection:

@@ -12,7 +12,7 @@ from uuid import UUID
 
 from sqlalchemy import text
 from sqlalchemy.engine import Row
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from app.jobs import bodies
 from app.jobs.ids import shard_of_job
@@ -161,7 +161,7 @@ MANY_BATCHES = text(f"""
 """)
 
 
-async def get_batch(session: AsyncSession, batch_id: UUID) -> Batch | None:
+async def get_batch(session: AsyncSession | AsyncConnection, batch_id: UUID) -> Batch | None:
     """Return a batch with its counts of this moment, `None` when there is none."""
     row = (await session.execute(ONE_BATCH, {"id": batch_id})).first()
     return _batch(row) if row is not None else None

@@ -46,7 +46,7 @@ AppMaker = Callable[..., FastAPI]
 def make_app(sessions: Sessions) -> AppMaker:
     """Make the application, with other settings than the usual ones."""
     return lambda **settings: create_app(
-        **{**DEFAULTS, "sessions": sessions, "autocommit": settings.get("sessions", sessions), **settings}
+        **{**DEFAULTS, "sessions": sessions, "autocommit": settings.get("sessions", sessions).kw["bind"], **settings}
     )
 
 

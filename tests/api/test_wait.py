@@ -9,14 +9,14 @@ from uuid import UUID
 import httpx2
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import make_url, text
+from sqlalchemy import make_url
 
 from app.api import waiting
 from app.api.application import hear_finishes, stop_waiting
 from app.api.context import Context
 from app.api.waiting import Waits
 from app.jobs import database
-from app.jobs.database import make_engine, make_sessions
+from app.jobs.database import make_engine
 from tests.api.conftest import AppMaker, calling, served
 from tests.databases import connect
 from tests.jobs.actors import Client as Reader
@@ -225,7 +225,7 @@ async def test_a_stored_batch_is_accepted_when_the_wait_cannot_reach_the_databas
     make_app: AppMaker, reader: Reader
 ) -> None:
     engine = make_engine(NOWHERE)
-    async with calling(make_app(autocommit=make_sessions(engine))) as api:
+    async with calling(make_app(autocommit=engine)) as api:
         first = await api.post("/v1/batches", json=BODY, headers={**WAIT, "Idempotency-Key": "first"})
         again = await api.post("/v1/batches", json=BODY, headers={**WAIT, "Idempotency-Key": "first"})
     await assert_accepted(first, reader)
@@ -238,9 +238,7 @@ async def test_a_stored_batch_is_accepted_when_the_wait_finds_no_free_connection
 ) -> None:
     monkeypatch.setattr(database, "POOL_TIMEOUT_S", 0.1)
     engine = make_engine(database_url, pool_size=1)
-    autocommit = make_sessions(engine)
-    async with calling(make_app(autocommit=autocommit)) as api, autocommit.begin() as session:
-        await session.execute(text("SELECT 1"))
+    async with calling(make_app(autocommit=engine)) as api, engine.connect():
         response = await api.post("/v1/batches", json=BODY, headers=WAIT)
     await assert_accepted(response, reader)
     await engine.dispose()
