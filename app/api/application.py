@@ -28,7 +28,7 @@ def create_app(
     allowed_hosts: Sequence[str],
     bounds: Bounds,
 ) -> FastAPI:
-    """Make the ASGI application; `host` is the address it listens on; each statement of `autocommit` commits.
+    """Make the ASGI application; `host` is the address it listens on; polls use `autocommit`.
 
     Let `hear_finishes` run beside it. Call `stop_waiting` when the server is told to stop, or long polls hold it up.
     """

@@ -134,7 +134,7 @@ class ResultsQuery(BaseModel):
     },
     openapi_extra=examples.BATCH_REQUEST,
 )
-async def create_batch(request: Request, prefer: Prefer = None, idempotency_key: IdempotencyKey = None) -> Response:
+async def create_batch(request: Request, idempotency_key: IdempotencyKey = None, prefer: Prefer = None) -> Response:
     """Take a batch in, store it, and only then answer."""
     context, wait_s = context_of(request), wait_asked_s(prefer)
     batch_id, stored = await _store(request, context, idempotency_key)
@@ -181,7 +181,7 @@ async def list_batches(request: Request, query: Annotated[BatchesQuery, Query()]
     },
 )
 async def get_batch(
-    batch_id: BatchId, request: Request, prefer: Prefer = None, if_none_match: IfNoneMatch = None
+    batch_id: BatchId, request: Request, if_none_match: IfNoneMatch = None, prefer: Prefer = None
 ) -> Response:
     """Show a batch, when there is news of it if the client waits."""
     context, wait_s = context_of(request), wait_asked_s(prefer)

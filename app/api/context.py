@@ -1,4 +1,4 @@
-"""What the endpoints need of their process: the sessions, the intake and the waits."""
+"""What the endpoints need of their process: the database, the intake and the waits."""
 
 from dataclasses import dataclass
 
