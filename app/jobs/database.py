@@ -136,8 +136,7 @@ def make_sessions(engine: AsyncEngine) -> Sessions:
 
 
 def in_autocommit(engine: AsyncEngine) -> AsyncEngine:
-    """Use the engine's connections so that each statement is a transaction: without BEGIN and COMMIT, two round trips
-    of three.
+    """Make each statement of an engine a transaction: without BEGIN and COMMIT, two round trips of three.
 
     Not behind PgBouncer, where it takes a transaction to set deadlines.
     """
