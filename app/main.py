@@ -38,7 +38,7 @@ from app.fetch.policy import Policy
 from app.fetch.resolver import Resolver
 from app.fetch.transport import Transport
 from app.jobs import embedded
-from app.jobs.database import in_autocommit, make_engine, make_sessions
+from app.jobs.database import make_autocommit, make_engine, make_lender, make_sessions
 from app.jobs.hints import Listener
 from app.jobs.migration import migrate
 from app.jobs.silence import watching
@@ -153,7 +153,7 @@ async def _serve_until_stopped(settings: Settings, listener: socket.socket) -> N
 def _make_api(settings: Settings, engine: AsyncEngine, port: int) -> FastAPI:
     return create_app(
         sessions=make_sessions(engine),
-        autocommit=_in_autocommit(engine, settings),
+        lend_driver=make_lender(engine, pgbouncer=settings.pgbouncer),
         policy=_make_policy(settings, port),
         version=__version__,
         host=settings.host,
@@ -291,7 +291,8 @@ async def _work_until_stopped(settings: Settings, transport: Transport, *, of_a_
     engine = make_engine(
         _database_url(settings), pgbouncer=settings.pgbouncer, pool_size=WORKER_CONNECTIONS, generic_plans=True
     )
-    sessions, autocommit = make_sessions(engine), make_sessions(_in_autocommit(engine, settings))
+    sessions = make_sessions(engine)
+    autocommit = sessions if settings.pgbouncer else make_autocommit(engine)
     listener = Listener()
     pool = Pool(
         sessions=sessions,
@@ -422,10 +423,6 @@ async def _with_database(settings: Settings) -> AsyncIterator[Settings]:
 
 async def _migrate(settings: Settings) -> None:
     await migrate(_database_url(settings), pgbouncer=settings.pgbouncer)
-
-
-def _in_autocommit(engine: AsyncEngine, settings: Settings) -> AsyncEngine:
-    return engine if settings.pgbouncer else in_autocommit(engine)
 
 
 def _watched(engine: AsyncEngine, settings: Settings) -> AbstractAsyncContextManager[None]:

@@ -15,9 +15,7 @@ import asyncpg
 import uvicorn
 from fastapi import FastAPI
 
-from app.jobs.reads import ONE_BATCH
-
-QUERY = ONE_BATCH.text.replace(":id", "$1")
+from app.jobs.reads import POLLED_BATCH
 
 
 def make_app(database_url: str) -> FastAPI:
@@ -32,7 +30,7 @@ def make_app(database_url: str) -> FastAPI:
 
     @app.get("/v1/batches/{batch_id}")
     async def get_batch(batch_id: UUID) -> dict[str, Any]:
-        return dict(await app.state.pool.fetchrow(QUERY, batch_id))
+        return dict(await app.state.pool.fetchrow(POLLED_BATCH, batch_id))
 
     return app
 

@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import text
 
-from app.jobs.database import Sessions, make_engine, make_sessions
+from app.jobs.database import Sessions, make_engine, make_lender, make_sessions
 from app.jobs.migration import migrate
 from tests import debian, web
 from tests.databases import connect, drop, recreate, with_database
@@ -87,6 +87,8 @@ async def test_statements_through_pgbouncer_have_their_deadlines(bounced_url: st
     )
     async with bounced.begin() as session:
         assert tuple((await session.execute(text(settings))).one()) == ("15s", "10s", "5s")
+    async with make_lender(bounced.kw["bind"], pgbouncer=True)() as driver:
+        assert tuple(await driver.fetchrow(settings)) == ("15s", "10s", "5s")
     others = await connect(bounced_url)
     assert tuple(await others.fetchrow(settings)) == ("0", "0", "0")
     await others.close()

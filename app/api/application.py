@@ -4,7 +4,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.api import batches, docs, health, jobs, metrics, problems
 from app.api.context import Context
@@ -14,13 +13,13 @@ from app.api.schemas import Bounds
 from app.api.security import Gate, Outermost
 from app.api.waiting import Waits
 from app.fetch.policy import Policy
-from app.jobs.database import Sessions
+from app.jobs.database import LendDriver, Sessions
 
 
 def create_app(
     *,
     sessions: Sessions,
-    autocommit: AsyncEngine,
+    lend_driver: LendDriver,
     policy: Policy,
     version: str,
     host: str,
@@ -28,7 +27,7 @@ def create_app(
     allowed_hosts: Sequence[str],
     bounds: Bounds,
 ) -> FastAPI:
-    """Make the ASGI application; `host` is the address it listens on; polls use `autocommit`.
+    """Make the ASGI application; `host` is the address it listens on; polls use `lend_driver`.
 
     Let `hear_finishes` run beside it. Call `stop_waiting` when the server is told to stop, or long polls hold it up.
     """
@@ -42,7 +41,7 @@ def create_app(
     )
     app.state.context = Context(
         sessions=sessions,
-        autocommit=autocommit,
+        lend_driver=lend_driver,
         intake=Intake(policy=policy, bounds=bounds),
         waits=Waits(),
         is_open=api_token is None,

@@ -9,7 +9,7 @@ from uuid import UUID
 from fastapi import APIRouter, Header, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.responses import Response, StreamingResponse
 
 from app.api import examples, paging, problems, results
@@ -382,13 +382,16 @@ async def _wait_until_finished(request: Request, context: Context, *, batch_id: 
 
 
 async def _look(context: Context, batch_id: UUID) -> Seen:
-    async with context.autocommit.connect() as connection:
-        batch = await _require(connection, batch_id)
-    return _seen(batch)
+    async with context.lend_driver() as driver:
+        batch = await reads.poll_batch(driver, batch_id)
+    return _seen(_found(batch))
 
 
-async def _require(session: AsyncSession | AsyncConnection, batch_id: UUID) -> reads.Batch:
-    batch = await reads.get_batch(session, batch_id)
+async def _require(session: AsyncSession, batch_id: UUID) -> reads.Batch:
+    return _found(await reads.get_batch(session, batch_id))
+
+
+def _found(batch: reads.Batch | None) -> reads.Batch:
     if batch is None:
         raise Problem(problems.BATCH_NOT_FOUND)
     return batch

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 from fastapi import Request
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.api.intake import Intake
 from app.api.waiting import Waits
-from app.jobs.database import Sessions
+from app.jobs.database import LendDriver, Sessions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,8 +14,8 @@ class Context:
     """Made once by `create_app`, handed to every endpoint."""
 
     sessions: Sessions
-    autocommit: AsyncEngine
-    """For what one SELECT answers, and is asked for often: by way of a session a poll takes a tenth more."""
+    lend_driver: LendDriver
+    """For polls."""
     intake: Intake
     waits: Waits
     is_open: bool

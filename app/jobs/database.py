@@ -1,11 +1,14 @@
 """The way to PostgreSQL: engine, sessions, connections, and what their errors mean."""
 
 import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import asyncpg
 from sqlalchemy import Connection, event, make_url, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
@@ -47,6 +50,7 @@ CONFLICTS = ("40001", "40P01")
 """Serialization failure and deadlock."""
 
 Sessions = async_sessionmaker[AsyncSession]
+LendDriver = Callable[[], AbstractAsyncContextManager[asyncpg.Connection]]
 
 DATABASE_ERRORS = (
     DBAPIError,
@@ -126,6 +130,7 @@ def make_engine(url: str, *, pgbouncer: bool = False, pool_size: int = 5, generi
     )
     if pgbouncer:
         event.listen(engine.sync_engine, "begin", _set_locally)
+    event.listen(engine.sync_engine, "checkout", _refuse_closed)
     event.listen(engine.sync_engine, "close", hang_up)
     return engine
 
@@ -135,12 +140,40 @@ def make_sessions(engine: AsyncEngine) -> Sessions:
     return async_sessionmaker(engine, expire_on_commit=False, autoflush=False)
 
 
-def in_autocommit(engine: AsyncEngine) -> AsyncEngine:
-    """Make each statement of an engine a transaction: without BEGIN and COMMIT, two round trips of three.
+def make_autocommit(engine: AsyncEngine) -> Sessions:
+    """Make sessions whose every statement is a transaction: without BEGIN and COMMIT, two round trips of three.
 
     Not behind PgBouncer, where it takes a transaction to set deadlines.
     """
-    return engine.execution_options(isolation_level="AUTOCOMMIT")
+    return make_sessions(engine.execution_options(isolation_level="AUTOCOMMIT"))
+
+
+def make_lender(engine: AsyncEngine, *, pgbouncer: bool = False) -> LendDriver:
+    """Make a way to the driver's own connections, for a SELECT that is asked for often (docs/decisions/0020).
+
+    What is lent is in no transaction; behind PgBouncer it is in one, which sets its deadlines.
+    """
+    return partial(_lend_in_transaction if pgbouncer else _lend, engine)
+
+
+@asynccontextmanager
+async def _lend(engine: AsyncEngine) -> AsyncIterator[asyncpg.Connection]:
+    try:
+        pooled = await engine.raw_connection()
+    except engine.dialect.loaded_dbapi.Error as error:
+        raise DBAPIError(None, None, error) from error  # as SQLAlchemy's own connections do
+    try:
+        yield pooled.driver_connection
+    except BaseException:
+        pooled.invalidate()  # cut off, or left in the middle of a statement
+        raise
+    pooled.close()
+
+
+@asynccontextmanager
+async def _lend_in_transaction(engine: AsyncEngine) -> AsyncIterator[asyncpg.Connection]:
+    async with engine.begin() as connection:
+        yield (await connection.get_raw_connection()).driver_connection
 
 
 async def driver(session: AsyncSession) -> asyncpg.Connection:
@@ -184,6 +217,12 @@ def driver_arguments(url: str) -> dict[str, Any]:
         "timeout": CONNECT_TIMEOUT_S,
         "command_timeout": COMMAND_TIMEOUT_S,
     }
+
+
+def _refuse_closed(adapted: Any, *_: object) -> None:
+    """Have the pool make its connections anew when the next one was closed at rest, as all are when PostgreSQL ends."""
+    if adapted.driver_connection.is_closed():
+        raise InvalidatePoolError
 
 
 def hang_up(adapted: Any, _: object) -> None:

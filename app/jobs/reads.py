@@ -10,9 +10,10 @@ from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
 
+import asyncpg
 from sqlalchemy import text
-from sqlalchemy.engine import Row
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.engine import Row, RowMapping
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.jobs import bodies
 from app.jobs.ids import shard_of_job
@@ -153,6 +154,8 @@ BATCH_WITH_COUNTS = """
 
 ONE_BATCH = text(f"{BATCH_WITH_COUNTS} WHERE batch.id = :id AND batch.deleted_at IS NULL")
 
+POLLED_BATCH = ONE_BATCH.text.replace(":id", "$1")
+
 MANY_BATCHES = text(f"""
     {BATCH_WITH_COUNTS}
     WHERE batch.deleted_at IS NULL AND (CAST(:before AS uuid) IS NULL OR batch.id < :before)
@@ -161,9 +164,15 @@ MANY_BATCHES = text(f"""
 """)
 
 
-async def get_batch(session: AsyncSession | AsyncConnection, batch_id: UUID) -> Batch | None:
+async def get_batch(session: AsyncSession, batch_id: UUID) -> Batch | None:
     """Return a batch with its counts of this moment, `None` when there is none."""
-    row = (await session.execute(ONE_BATCH, {"id": batch_id})).first()
+    row = (await session.execute(ONE_BATCH, {"id": batch_id})).mappings().first()
+    return _batch(row) if row is not None else None
+
+
+async def poll_batch(driver: asyncpg.Connection, batch_id: UUID) -> Batch | None:
+    """Return the same as `get_batch`, without SQLAlchemy: of all reads this one is asked for most."""
+    row = await driver.fetchrow(POLLED_BATCH, batch_id)
     return _batch(row) if row is not None else None
 
 
@@ -172,33 +181,33 @@ async def list_batches(
 ) -> list[Batch]:
     """List batches, newest first; `before` is the id of the last one of the page before."""
     rows = await session.execute(MANY_BATCHES, {"limit": limit, "before": before, "status": status})
-    return [_batch(row) for row in rows]
+    return [_batch(row) for row in rows.mappings()]
 
 
-def _batch(row: Row[Any]) -> Batch:
+def _batch(row: RowMapping | asyncpg.Record) -> Batch:
     return Batch(
-        id=row.id,
-        name=row.name,
-        metadata=row.metadata,
-        options=row.options,
-        skipped=row.skipped,
-        status=row.status,
+        id=row["id"],
+        name=row["name"],
+        metadata=row["metadata"],
+        options=row["options"],
+        skipped=row["skipped"],
+        status=row["status"],
         counts=Counts(
-            total=row.total,
-            queued=row.queued,
-            running=row.running,
-            succeeded=row.succeeded,
-            failed=row.failed,
-            cancelled=row.cancelled,
+            total=row["total"],
+            queued=row["queued"],
+            running=row["running"],
+            succeeded=row["succeeded"],
+            failed=row["failed"],
+            cancelled=row["cancelled"],
         ),
-        errors=row.errors,
-        http_statuses=row.http_statuses,
-        wire_bytes=row.wire_bytes,
-        body_bytes=row.body_bytes,
-        created_at=row.created_at,
-        started_at=row.started_at,
-        finished_at=row.finished_at,
-        cancel_requested_at=row.cancel_requested_at,
+        errors=row["errors"],
+        http_statuses=row["http_statuses"],
+        wire_bytes=row["wire_bytes"],
+        body_bytes=row["body_bytes"],
+        created_at=row["created_at"],
+        started_at=row["started_at"],
+        finished_at=row["finished_at"],
+        cancel_requested_at=row["cancel_requested_at"],
     )
 
 

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from app.api.application import create_app, stop_waiting
 from app.api.schemas import Bounds
 from app.fetch.policy import Policy
-from app.jobs.database import Sessions
+from app.jobs.database import Sessions, make_lender
 from tests.jobs.actors import Client as Reader
 from tests.jobs.actors import Worker
 
@@ -45,9 +45,12 @@ AppMaker = Callable[..., FastAPI]
 @pytest.fixture
 def make_app(sessions: Sessions) -> AppMaker:
     """Make the application, with other settings than the usual ones."""
-    return lambda **settings: create_app(
-        **{**DEFAULTS, "sessions": sessions, "autocommit": settings.get("sessions", sessions).kw["bind"], **settings}
-    )
+
+    def make(**settings: Any) -> FastAPI:
+        own = settings.get("sessions", sessions)
+        return create_app(**{**DEFAULTS, "sessions": own, "lend_driver": make_lender(own.kw["bind"]), **settings})
+
+    return make
 
 
 @pytest.fixture

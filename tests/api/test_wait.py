@@ -16,7 +16,7 @@ from app.api.application import hear_finishes, stop_waiting
 from app.api.context import Context
 from app.api.waiting import Waits
 from app.jobs import database
-from app.jobs.database import make_engine
+from app.jobs.database import make_engine, make_lender
 from tests.api.conftest import AppMaker, calling, served
 from tests.databases import connect
 from tests.jobs.actors import Client as Reader
@@ -225,7 +225,7 @@ async def test_a_stored_batch_is_accepted_when_the_wait_cannot_reach_the_databas
     make_app: AppMaker, reader: Reader
 ) -> None:
     engine = make_engine(NOWHERE)
-    async with calling(make_app(autocommit=engine)) as api:
+    async with calling(make_app(lend_driver=make_lender(engine))) as api:
         first = await api.post("/v1/batches", json=BODY, headers={**WAIT, "Idempotency-Key": "first"})
         again = await api.post("/v1/batches", json=BODY, headers={**WAIT, "Idempotency-Key": "first"})
     await assert_accepted(first, reader)
@@ -238,7 +238,7 @@ async def test_a_stored_batch_is_accepted_when_the_wait_finds_no_free_connection
 ) -> None:
     monkeypatch.setattr(database, "POOL_TIMEOUT_S", 0.1)
     engine = make_engine(database_url, pool_size=1)
-    async with calling(make_app(autocommit=engine)) as api, engine.connect():
+    async with calling(make_app(lend_driver=make_lender(engine))) as api, engine.connect():
         response = await api.post("/v1/batches", json=BODY, headers=WAIT)
     await assert_accepted(response, reader)
     await engine.dispose()
