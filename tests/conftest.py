@@ -18,7 +18,7 @@ from tests.databases import ServerThread, drop, recreate, with_database
 NUMBERS = itertools.count(1)
 FOLDERS_ON_UVLOOP = ("fetch", "jobs", "worker")
 """Of tests of what workers run."""
-FILES_ON_ASYNCIO = ("test_embedded.py", "test_processes.py")
+FILES_ON_ASYNCIO = ("test_database.py", "test_embedded.py", "test_processes.py")
 """In them, of tests of what the service runs."""
 
 

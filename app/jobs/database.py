@@ -8,7 +8,7 @@ from typing import Any
 
 import asyncpg
 from sqlalchemy import Connection, event, make_url, text
-from sqlalchemy.exc import DBAPIError, InvalidatePoolError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
@@ -130,7 +130,6 @@ def make_engine(url: str, *, pgbouncer: bool = False, pool_size: int = 5, generi
     )
     if pgbouncer:
         event.listen(engine.sync_engine, "begin", _set_locally)
-    event.listen(engine.sync_engine, "checkout", _refuse_closed)
     event.listen(engine.sync_engine, "close", hang_up)
     return engine
 
@@ -162,10 +161,15 @@ async def _lend(engine: AsyncEngine) -> AsyncIterator[asyncpg.Connection]:
         pooled = await engine.raw_connection()
     except engine.dialect.loaded_dbapi.Error as error:
         raise DBAPIError(None, None, error) from error  # as SQLAlchemy's own connections do
+    driver = pooled.driver_connection
+    assert driver is not None
     try:
-        yield pooled.driver_connection
+        yield driver
     except BaseException:
-        pooled.invalidate()  # cut off, or left in the middle of a statement
+        if driver.is_closed():
+            engine.pool._invalidate(pooled)  # and all made before, as SQLAlchemy does: they have most likely ended too
+        else:
+            pooled.invalidate()  # in the middle of a statement, perhaps
         raise
     pooled.close()
 
@@ -173,7 +177,11 @@ async def _lend(engine: AsyncEngine) -> AsyncIterator[asyncpg.Connection]:
 @asynccontextmanager
 async def _lend_in_transaction(engine: AsyncEngine) -> AsyncIterator[asyncpg.Connection]:
     async with engine.begin() as connection:
-        yield (await connection.get_raw_connection()).driver_connection
+        try:
+            yield (await connection.get_raw_connection()).driver_connection
+        except BaseException:
+            await connection.invalidate()
+            raise
 
 
 async def driver(session: AsyncSession) -> asyncpg.Connection:
@@ -217,12 +225,6 @@ def driver_arguments(url: str) -> dict[str, Any]:
         "timeout": CONNECT_TIMEOUT_S,
         "command_timeout": COMMAND_TIMEOUT_S,
     }
-
-
-def _refuse_closed(adapted: Any, *_: object) -> None:
-    """Have the pool make its connections anew when the next one was closed at rest, as all are when PostgreSQL ends."""
-    if adapted.driver_connection.is_closed():
-        raise InvalidatePoolError
 
 
 def hang_up(adapted: Any, _: object) -> None:

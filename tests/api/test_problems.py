@@ -18,6 +18,7 @@ from app.jobs.database import make_engine, make_sessions
 from tests.api.conftest import AppMaker, calling
 from tests.databases import connect
 from tests.jobs.actors import Client as Reader
+from tests.waiting import until
 
 NOWHERE = "postgresql://postgres@127.0.0.1:9/none"
 A_BATCH = "/v1/batches/0198f2c1-b5e0-7d3c-9a4b-e1c02f6d7a10"
@@ -104,8 +105,10 @@ async def test_connections_that_were_cut_are_a_503_once(
     administrator = await connect(server_url)
     name = make_url(database_url).database
     await administrator.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", name)
+    all_ended = "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE datname = $1)"
+    await until(lambda: administrator.fetchval(all_ended, name))
     await administrator.close()
-    assert (await api.get(path)).status_code in (status, 503)
+    assert_problem(await api.get(path), 503, "database_unavailable")
     answers = await asyncio.gather(*(api.get(path) for _ in range(5)))
     assert {answer.status_code for answer in answers} == {status}
 
