@@ -25,6 +25,7 @@ from app.jobs.tallies import Change, HistogramKey
 from app.jobs.values import (
     CRASHES_OF_SUSPECT,
     ClaimedJob,
+    Extras,
     Lease,
     Lost,
     NewBatch,
@@ -140,26 +141,30 @@ def _job_rows(
     Their `run_at` is a microsecond apart, and all of them are due: what a claim's index gives first is then what the
     client gave first.
     """
-    shared, retry_unsafe = batch.options.get("method", "GET"), bool(batch.options.get("retry_unsafe", False))
-    hosts, hashes, batch_id = jobs.hosts, jobs.host_hashes, batch.id.bytes
+    urls, hosts, hashes, batch_id = jobs.urls, jobs.hosts, jobs.host_hashes, batch.id.bytes
+    shared_is_repeatable = _is_repeatable(batch, None)
     pack, count = _START_OF_JOB.pack, len(JOB_COLUMNS)
     last_host, host_field = "", b""
     for at in _neighbours_together(jobs, positions):
         if hosts[at] is not last_host:  # one object for each host: see NewJobs.add
             last_host, host_field = hosts[at], copying.text(hosts[at])
         shard, run_at_us = shard_of_hash(hashes[at]), first_run_at_us + at
-        repeatable = retry_unsafe or (jobs.methods[at] or shared) in SAFE_METHODS
-        request, custom_id, metadata = jobs.requests[at], jobs.custom_ids[at], jobs.metadatas[at]
-        yield b"".join(
-            (
-                pack(count, 2, shard, 16, ids[at], 16, batch_id, 4, at, 1, repeatable, 6, b"queued", 8, run_at_us),
-                host_field,
-                copying.text(jobs.urls[at]),
-                _NO_EXTRAS
-                if request is None and custom_id is None and metadata is None
-                else copying.jsonb(request) + copying.text(custom_id) + copying.jsonb(metadata),
-            )
-        )
+        repeatable, last_fields = shared_is_repeatable, _NO_EXTRAS
+        if (extras := jobs.extras.get(at)) is not None:
+            repeatable, last_fields = _is_repeatable(batch, extras.method), _extra_fields(extras)
+        start = pack(count, 2, shard, 16, ids[at], 16, batch_id, 4, at, 1, repeatable, 6, b"queued", 8, run_at_us)
+        yield b"".join((start, host_field, copying.text(urls[at]), last_fields))
+
+
+def _is_repeatable(batch: NewBatch, method: str | None) -> bool:
+    """Whether a request may be sent again; `method` is the job's own, if it has one."""
+    if batch.options.get("retry_unsafe", False):
+        return True
+    return (method or batch.options.get("method", "GET")) in SAFE_METHODS
+
+
+def _extra_fields(extras: Extras) -> bytes:
+    return copying.jsonb(extras.request) + copying.text(extras.custom_id) + copying.jsonb(extras.metadata)
 
 
 def _neighbours_together(jobs: NewJobs, positions: range) -> Iterator[int]:

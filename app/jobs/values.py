@@ -28,20 +28,26 @@ class NewBatch:
     request_sha256: bytes | None = None
 
 
+class Extras(Struct, frozen=True, gc=False):
+    """What a new job has beyond its URL; `request` and `metadata` are JSON text, `method` is that of the request."""
+
+    method: str | None
+    request: str | None
+    custom_id: str | None
+    metadata: str | None
+
+
 @dataclass(frozen=True, slots=True)
 class NewJobs:
-    """The jobs of a new batch, column by column; a job's position is its index.
+    """The jobs of a new batch, column by column; a job's position is its index. Few have `extras`, by position.
 
-    Not an object for each: the garbage collector's full passes over 100,000 of them stopped every thread for 0.3 s.
+    Not an object for each that is garbage to collect: full passes over 100,000 of them stopped every thread for 0.3 s.
     """
 
     urls: list[str] = field(default_factory=list)
     hosts: list[str] = field(default_factory=list)
     host_hashes: list[int] = field(default_factory=list)
-    methods: list[str | None] = field(default_factory=list)
-    requests: list[str | None] = field(default_factory=list)
-    custom_ids: list[str | None] = field(default_factory=list)
-    metadatas: list[str | None] = field(default_factory=list)
+    extras: dict[int, Extras] = field(default_factory=dict)
     _names: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -58,13 +64,12 @@ class NewJobs:
         metadata: dict[str, Any] | None = None,
     ) -> None:
         """Add one URL to fetch; `request` holds only what differs from the batch's options."""
+        if request or custom_id is not None or metadata is not None:
+            method = request.get("method") if request else None
+            self.extras[len(self.urls)] = Extras(method, to_json(request or None), custom_id, to_json(metadata))
         self.urls.append(url)
         self.hosts.append(self._names.setdefault(host, host))  # once in memory, however many URLs it has
         self.host_hashes.append(host_hash(host))
-        self.methods.append(request.get("method") if request else None)
-        self.requests.append(to_json(request or None))
-        self.custom_ids.append(custom_id)
-        self.metadatas.append(to_json(metadata))
 
 
 class ClaimedJob(Struct, frozen=True, gc=False):
