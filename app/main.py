@@ -1,6 +1,6 @@
 """The composition root: builds the API, the workers and what they stand on from the settings.
 
-The only place where the parts meet. It decides in which order they start and stop, and nothing else.
+The only place where the parts meet. It decides in which order they, uvicorn included, start and stop.
 """
 
 import asyncio

@@ -140,7 +140,7 @@ MEANINGS: Mapping[FailureCode, str] = {
     FailureCode.CANCELLED: "The client cancelled the batch.",
     FailureCode.EXPIRED: "The job's own deadline passed before it finished. Jobs have none yet.",
     FailureCode.LEASE_LOST: "The worker was not heard of any more; the attempt was closed for it.",
-    FailureCode.WORKER_CRASHED: "The worker ended while the job ran.",
+    FailureCode.WORKER_CRASHED: "The worker was lost while it had the job, whose request must not be repeated.",
     FailureCode.POISONED: "Three workers were lost while they ran this job, the last one with nothing else to run.",
     FailureCode.SHUTDOWN_INTERRUPTED: "The service stopped while the job ran: put back if it may be repeated.",
     FailureCode.STORAGE_ERROR: "The result could not be stored.",

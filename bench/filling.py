@@ -19,6 +19,6 @@ class Pages:
 
 
 def fill(service: Service, batches: list[Pages], folder: Path) -> list[str]:
-    """Enqueue them, and return their ids; nobody is told, but a worker looks every second or so."""
+    """Enqueue them, and return their ids; nobody is told: a worker at rest finds them within a quarter of a minute."""
     question = {"database_url": service.database_url, "batches": [asdict(pages) for pages in batches]}
     return list(programs.ask(SERVICE_PYTHON, "fill.py", question, log=folder / "fill.log")["ids"])

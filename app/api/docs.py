@@ -44,7 +44,7 @@ politely and safely, and you **poll** the batch, or stream its results.
 3. `GET .../results` streams every result, `GET .../jobs` pages through them, `GET /v1/jobs/{id}/body` has the bytes.
 
 Errors are `application/problem+json` (RFC 9457) with a stable `code`; ids are UUIDs, times are UTC. A job fails with
-one of a closed set of codes; this is what each means and whether it is tried again.
+one of a closed set of codes; this is what each means, and whether another try may cure it.
 """
 
 TAGS = [
@@ -100,7 +100,7 @@ def _further_schemas() -> dict[str, Any]:
 
 
 def _vocabulary() -> str:
-    """Write the closed set of failure codes down as a table: what each means, and whether it is tried again."""
+    """Write the closed set of failure codes down as a table: what each means, and whether another try may cure it."""
     rows = (f"| `{code}` | {_retried(code)} | {meaning} |" for code, meaning in MEANINGS.items())
     return "\n".join(
         ("Why a job failed, or an attempt of it.\n", "| code | retryable | meaning |", "|---|---|---|", *rows)

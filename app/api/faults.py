@@ -75,7 +75,7 @@ _FAULT_CODES = {
     "greater_than_equal": "out_of_range",
     "less_than_equal": "out_of_range",
     "string_too_long": "too_long",
-    "string_too_short": "too_short",
+    "too_short": "too_short",
     "too_long": "too_long",
 }
 """Pydantic's error types in the API's own words, so that they stay when pydantic changes; others pass as they are."""

@@ -438,8 +438,7 @@ def job_detail_view(job: JobDetail) -> JobDetailView:
 
 def pack_skipped(entries: list[dict[str, Any]], total: int) -> list[dict[str, Any]]:
     """Make what is stored of the entries left out: the first ones, and how many there were when these are not all."""
-    shown = entries[:SKIPPED_SHOWN_MAX]
-    return [*shown, {"total": total}] if total > len(shown) else shown
+    return [*entries, {"total": total}] if total > len(entries) else entries
 
 
 def _unpack_skipped(stored: list[dict[str, Any]]) -> tuple[list[SkippedEntryView], int]:

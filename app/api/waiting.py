@@ -35,8 +35,8 @@ T = TypeVar("T")
 class Waits:
     """The waiting requests of one process; beyond `waiters_max` a request is answered at once."""
 
-    def __init__(self, *, waiters_max: int = WAITERS_MAX) -> None:
-        self.waiters_max = waiters_max
+    def __init__(self) -> None:
+        self.waiters_max = WAITERS_MAX
         self.waiter_count = 0
         self.listener = Listener(FINISHED)
         self._closing = asyncio.Event()

@@ -31,7 +31,6 @@ _LENGTH_LINE = re.compile(rb"\r\ncontent-length[ \t]*:[ \t]*([^\r\n]*?)[ \t]*(?=
 class Framing(Enum):
     """How the end of a body is known."""
 
-    NONE = "none"
     LENGTH = "length"
     CHUNKED = "chunked"
     UNTIL_CLOSE = "until_close"
@@ -201,7 +200,7 @@ def _frame(lengths: list[str], codings: list[str], *, bodiless: bool) -> tuple[F
     if codings and [coding.lower() for coding in codings] != ["chunked"]:
         raise Failed(FailureCode.PROTOCOL_ERROR, "The response has a Transfer-Encoding other than chunked.")
     if bodiless:
-        return Framing.NONE, 0
+        return Framing.LENGTH, 0
     if codings:
         return Framing.CHUNKED, 0
     if lengths:

@@ -20,8 +20,6 @@ from app.fetch.trace import Trace
 from app.fetch.transport import Answer, RawFields, Request, Transport
 from app.outcome import SAFE_METHODS, Evidence, Failure, FailureCode, Hop, Outcome, Response
 
-__all__ = ["FetchRequest", "Limits", "fetch"]
-
 REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
 SKIM_BYTES_MAX = 64 * 2**10
 SKIM_S = 0.25

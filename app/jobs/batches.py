@@ -74,16 +74,13 @@ CANCEL = text("""
 EXISTS = text("SELECT true FROM batch WHERE id = :id AND deleted_at IS NULL")
 
 
-async def cancel(session: AsyncSession, batch_id: UUID) -> bool:
-    """Ask for a batch to be cancelled; `False` when there is no such batch.
+async def cancel(session: AsyncSession, batch_id: UUID) -> None:
+    """Ask for a batch to be cancelled, if it is there.
 
     No claim that begins after the commit takes any of it; workers close what runs, and upkeep cancels the rows.
     Idempotent, and a finished batch stays as it is.
     """
-    if not await session.scalar(EXISTS, {"id": batch_id}):
-        return False
     await session.execute(CANCEL, {"id": batch_id})
-    return True
 
 
 CANCELLED = text("""

@@ -98,7 +98,7 @@ async def store(
     *,
     seen: Collection[Key],
     counts: Counter[Key],
-    by_copy: bool = True,
+    by_copy: bool,
 ) -> None:
     """Store bodies in the caller's transaction, but for those of the `seen` that are still there.
 

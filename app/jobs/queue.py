@@ -1,4 +1,4 @@
-"""Every change of a job's status, and the host leases under which jobs run: one guarded statement each.
+"""Jobs from their enqueuing to their result; every change of a job's status is one guarded statement here.
 
 Functions take a session and never commit; the caller's `async with sessions.begin()` is the transaction. Locks are
 taken in one order everywhere (host, job, attempt, body, body_shared, tally, histogram, batch) and in key order within

@@ -96,7 +96,7 @@ host = Table(
     _count("back_offs"),
     PrimaryKeyConstraint("shard", "host"),
     CheckConstraint("owner IS NULL OR next_at < 'infinity'", name="leased_ends"),
-    # queue.claim: hosts that are due, the longest waiting first
+    # leases and workers.beat_and_look: hosts that are due, the longest waiting first, and when the next one is
     Index("host_due", "next_at", postgresql_where=text("next_at < 'infinity'")),
     postgresql_with=HOT_ROWS,
 )
@@ -149,8 +149,9 @@ job = Table(
     CheckConstraint("NOT alone OR status = 'running'", name="alone_is_running"),
     # queue.claim and refill: what a host has to run, by turns over its batches
     Index("job_claim", "shard", "host", "batch_id", "run_at", postgresql_where=text("status = 'queued'")),
-    # queue.rescue: what ran under a lost lease. No statement asks for `attempt`: it is there because each claim changes
-    # it. An entry whose columns are unchanged PostgreSQL takes for a sign of garbage, and searches a full page for it
+    # queue.rescue, leases, hosts: what ran under a lost lease, or runs at all. No statement asks for `attempt`: it is
+    # there because each claim changes it. An entry whose columns are unchanged PostgreSQL takes for a sign of garbage,
+    # and searches a full page for it
     Index("job_running", "shard", "host", "batch_id", "attempt", postgresql_where=text("status = 'running'")),
     postgresql_with={"autovacuum_vacuum_scale_factor": "0.02", "autovacuum_vacuum_cost_delay": "1"},
 )

@@ -6,7 +6,8 @@ from typing import Any
 
 from msgspec import Struct, structs
 
-from app.fetch.http import FetchRequest, Limits
+from app.fetch.http import FetchRequest
+from app.fetch.limits import Limits
 from app.jobs.values import ClaimedJob
 
 ATTEMPTS_DEFAULT = 3

@@ -16,7 +16,7 @@ HEALTHY_S = 60.0
 
 KILL_MARGIN_S = 10.0
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def next_delay_s(delay_s: float, *, lived_s: float) -> float:
@@ -67,7 +67,7 @@ class Processes:
             if self._ending.is_set():
                 return
             delay_s = next_delay_s(delay_s, lived_s=time.monotonic() - started)
-            log.warning("A worker process %s; the next starts in %g s", how, delay_s)
+            logger.warning("A worker process %s; the next starts in %g s", how, delay_s)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._ending.wait(), delay_s)
 

@@ -12,7 +12,8 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
-from app.fetch.http import FetchRequest, Limits, fetch
+from app.fetch.http import FetchRequest, fetch
+from app.fetch.limits import Limits
 from app.fetch.policy import Policy
 from app.fetch.resolver import Resolver
 from app.fetch.transport import Transport

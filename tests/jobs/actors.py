@@ -56,9 +56,9 @@ class Client:
         assert job is not None
         return job
 
-    async def cancel(self, batch_id: UUID) -> bool:
+    async def cancel(self, batch_id: UUID) -> None:
         async with self.sessions.begin() as session:
-            return await batches.cancel(session, batch_id)
+            await batches.cancel(session, batch_id)
 
     async def delete(self, batch_id: UUID) -> str:
         async with self.sessions.begin() as session:

@@ -28,7 +28,7 @@ from app.jobs.leases import BackOff
 from app.jobs.values import ClaimedJob, Lease, Recorded, Result
 from app.jobs.workers import Identity
 from tests.databases import connect
-from tests.jobs.actors import LEASE_S, Client, Worker, failure, retry, success
+from tests.jobs.actors import LEASE_S, Client, Worker, failure, retry, success, waiting
 from tests.waiting import until
 
 CLAIMERS = 64
@@ -259,7 +259,8 @@ class Bustle:
     async def cancel(self) -> None:
         for _ in self.turns(self.steps // 2):
             if self.batch_ids:
-                self.done["cancels"] += await self.client.cancel(self.random.choice(self.batch_ids))
+                await self.client.cancel(self.random.choice(self.batch_ids))
+                self.done["cancels"] += 1
             await asyncio.sleep(0)
 
     async def rescue(self) -> None:
@@ -378,11 +379,6 @@ async def _record_and_finish(worker: Worker, jobs: list[ClaimedJob]) -> set[UUID
         return await batches.finish(session, recorded.maybe_finished)
 
 
-async def _until_something_waits_for_a_lock(url: str) -> None:
-    waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-    await until(lambda: fetch(url, waiting))
-
-
 async def test_a_claim_that_rescues_locks_the_tallies_in_order(database_url: str, sessions: Sessions) -> None:
     """The tallies of the rescued and of the claimed jobs are one set: two in a row would deadlock with a cancel."""
     client = Client(sessions)
@@ -395,7 +391,7 @@ async def test_a_claim_that_rescues_locks_the_tallies_in_order(database_url: str
     async with sessions.begin() as session:
         await session.execute(lock, {"shard": shard_of_host(due)})
         claiming = asyncio.create_task(Worker(sessions).claim())
-        await _until_something_waits_for_a_lock(database_url)
+        await until(lambda: waiting(sessions))
         await session.execute(lock, {"shard": shard_of_host(lost)})
     assert len(await claiming) == 2
     assert (await client.read(batch_id)).counts.running == 2
@@ -417,7 +413,7 @@ async def test_two_that_erase_a_batch_at_once_leave_nothing_behind(database_url:
     async with sessions.begin() as session:
         assert await batches.erase(session, batch_id, limit=2) == 2
         erasing = asyncio.create_task(_erase(sessions, batch_id, limit=2))
-        await _until_something_waits_for_a_lock(database_url)
+        await until(lambda: waiting(sessions))
     await erasing
     assert await fetch(database_url, "SELECT count(*) FROM job") == [(1,)]
     assert await fetch(database_url, "SELECT id FROM batch") == [(batch_id,)]
@@ -439,9 +435,9 @@ async def test_two_workers_that_slept_an_hour_do_not_deadlock(database_url: str,
         # the first half of the other's beat
         await session.execute(text("UPDATE worker SET beat_at = now() WHERE id = :id"), {"id": identities[1].id})
         beating = asyncio.create_task(_beat(sessions, identities[0]))
-        waiting = asyncio.create_task(_until_something_waits_for_a_lock(database_url))
-        await asyncio.wait({beating, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        waiting.cancel()
+        looking = asyncio.create_task(until(lambda: waiting(sessions)))
+        await asyncio.wait({beating, looking}, return_when=asyncio.FIRST_COMPLETED)
+        looking.cancel()
         await workers.beat(session, identities[1], running=0, dropped=0)
     await beating
     assert await fetch(database_url, "SELECT count(*) FROM worker") == [(2,)]

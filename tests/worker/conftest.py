@@ -5,15 +5,13 @@ import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from ipaddress import ip_network
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import text
 
-from app.fetch.limits import Limits
-from app.fetch.policy import Policy, check_url
+from app.fetch.policy import check_url
 from app.fetch.resolver import Resolver
 from app.fetch.transport import Transport
 from app.jobs import queue, reads
@@ -24,22 +22,8 @@ from app.jobs.values import NewBatch, NewJobs
 from app.jobs.workers import Identity
 from app.worker.pool import Pool, PoolSettings
 from app.worker.upkeep import Upkeep
+from tests.fetch.servers import LIMITS, LOOPBACK
 from tests.waiting import until
-
-POLICY = Policy(allow_networks=(ip_network("127.0.0.0/8"),))
-
-LIMITS = Limits(
-    timeout_s=20.0,
-    connect_timeout_s=10.0,
-    read_timeout_s=10.0,
-    wire_bytes_max=2**20,
-    body_bytes_max=2**20,
-    header_bytes_max=2**17,
-    header_count_max=256,
-    redirects_max=10,
-    informational_max=16,
-    encodings_max=3,
-)
 
 
 @dataclass(frozen=True)
@@ -52,7 +36,7 @@ class Service:
     async def worker(self, *, hears_at: str | None = None, **changes: Any) -> AsyncIterator[Pool]:
         """Run one worker, hearing hints of the database `hears_at`; it is stopped without grace at the end."""
         resolver = Resolver()
-        transport = Transport(policy=POLICY, resolver=resolver, user_agent="Fetchpool tests")
+        transport = Transport(policy=LOOPBACK, resolver=resolver, user_agent="Fetchpool tests")
         identity = Identity(id=uuid4(), machine="test", pid=os.getpid(), version="0", slots=100)
         values = {"slots": 20, "host_concurrency": 4, "host_delay_s": 0.0, "lease_s": 30.0, "drain_grace_s": 10.0}
         settings = PoolSettings(limits=LIMITS, **{**values, **changes})
@@ -88,7 +72,7 @@ class Service:
         """Submit a batch of jobs that were running at so many crashes."""
         batch = NewBatch(id=new_batch_id(), name=None, metadata=None, options=options, skipped=[])
         jobs = NewJobs()
-        for target in [check_url(url, POLICY) for url in urls]:
+        for target in [check_url(url, LOOPBACK) for url in urls]:
             jobs.add(target.url, target.host, request=request)
         async with self.sessions.begin() as session:
             await queue.enqueue(session, batch, jobs)

@@ -7,7 +7,7 @@ from app.api.schemas import BatchOptions, Bounds
 from app.jobs.values import ClaimedJob
 from app.settings import Settings
 from app.worker.options import LIMIT_NAMES, for_batch, for_job
-from tests.worker.conftest import LIMITS
+from tests.fetch.servers import LIMITS
 
 TIMEOUTS = {"timeout_s", "connect_timeout_s", "read_timeout_s"}
 

@@ -15,7 +15,7 @@ from app.jobs.values import ClaimedJob, Lease, Returned
 from app.worker.holds import Hold
 from app.worker.recorder import Recorder
 from app.worker.slots import Slots
-from tests.worker.conftest import LIMITS, POLICY
+from tests.fetch.servers import LIMITS, LOOPBACK
 from tests.worker.test_options import claimed
 
 
@@ -27,7 +27,7 @@ async def slots(sessions: Sessions) -> AsyncIterator[Slots]:
             host_concurrency=4,
             limits=LIMITS,
             holds={},
-            transport=Transport(policy=POLICY, resolver=resolver, user_agent="Fetchpool tests"),
+            transport=Transport(policy=LOOPBACK, resolver=resolver, user_agent="Fetchpool tests"),
             recorder=Recorder(sessions, autocommit=sessions, on_stored=lambda _: None, present_batches=set),
             wake=lambda: None,
         )
