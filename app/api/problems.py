@@ -46,7 +46,9 @@ BODY_TOO_SLOW = Kind(
     "body_too_slow", 408, "The request body did not arrive in time; send it again, or in smaller batches."
 )
 MEDIA_TYPE_NOT_SUPPORTED = Kind(
-    "media_type_not_supported", 415, "Send the body as application/json, without a Content-Encoding."
+    "media_type_not_supported",
+    415,
+    "Send JSON with the header Content-Type: application/json, and without a Content-Encoding.",
 )
 BATCH_NOT_FOUND = Kind("batch_not_found", 404, "There is no batch with this id; it may have been deleted.")
 JOB_NOT_FOUND = Kind("job_not_found", 404, "There is no job with this id; its batch may have been deleted.")

@@ -333,7 +333,7 @@ class EvidenceView(View):
     """How a fetch went, as far as it got; null where a step was not reached. A blocked fetch shows nothing."""
 
     redirects: list[HopView] = Field(default=[], description="Redirects that were followed, in order.")
-    remote_address: str | None = None
+    remote_address: str | None = Field(default=None, description="Where it connected to, if that is a public address.")
     http_version: str | None = None
     tls_version: str | None = None
     tls_expires_at: str | None = Field(default=None, description="When the server's certificate ends.")

@@ -83,7 +83,9 @@ class Deadline:
         if not self._expired:
             self._deadlines.remove(self)
         elif self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
-            raise Failed(FailureCode.DEADLINE_EXCEEDED, "The total time of the attempt was used up.") from error
+            raise Failed(
+                FailureCode.DEADLINE_EXCEEDED, "The total time of the attempt, timeout_s, was used up."
+            ) from error
 
     def expire(self) -> None:
         """Cancel the task, which leaves the block by it."""

@@ -161,7 +161,9 @@ def _capped(source: Iterator[bytes], bytes_max: int) -> Iterator[bytes]:
     for piece in source:
         total_bytes += len(piece)
         if total_bytes > bytes_max:
-            raise Failed(FailureCode.DECOMPRESSED_TOO_LARGE, "The decoded body is larger than the limit.")
+            raise Failed(
+                FailureCode.DECOMPRESSED_TOO_LARGE, "The decoded body is larger than the limit, body_bytes_max."
+            )
         yield piece
 
 

@@ -75,12 +75,12 @@ class Exchange:
     def refuse_announced(self) -> None:
         """Raise `Failed` when the head announces a body over the limit: nothing of it need be awaited."""
         if self.head is not None and self.head.length > self._wire_bytes_max:
-            raise Failed(FailureCode.BODY_TOO_LARGE, "The announced body is larger than the limit.")
+            raise Failed(FailureCode.BODY_TOO_LARGE, "The announced body is larger than the limit, wire_bytes_max.")
 
     def _refuse_head(self, data: bytes, end: int) -> None:
         heads.refuse_prologue(data)
         if (len(data) if end < 0 else end) > self._limits.header_bytes_max:
-            raise Failed(FailureCode.HEADERS_TOO_LARGE, "The response head is larger than the limit.")
+            raise Failed(FailureCode.HEADERS_TOO_LARGE, "The response head is larger than the limit, header_bytes_max.")
 
     def _take_head(self, data: bytes) -> None:
         head = heads.parse(data, method=self._method, limits=self._limits)
@@ -101,7 +101,7 @@ class Exchange:
         else:
             self._take_counted(data, self.head.length - self.wire_bytes)
         if self.wire_bytes > self._wire_bytes_max:
-            raise Failed(FailureCode.BODY_TOO_LARGE, "The body is larger than the limit.")
+            raise Failed(FailureCode.BODY_TOO_LARGE, "The body is larger than the limit, wire_bytes_max.")
 
     def _append(self, data: bytes) -> None:
         """Add to the body; what comes in one piece, as most do, is not copied."""

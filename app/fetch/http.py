@@ -107,7 +107,7 @@ async def _follow_redirects(
         finally:
             answer.body.close()
         if len(trace.redirects) >= hops_max:
-            raise Failed(FailureCode.TOO_MANY_REDIRECTS, f"There were more than {hops_max} redirects.")
+            raise Failed(FailureCode.TOO_MANY_REDIRECTS, f"There were more redirects than redirects_max, {hops_max}.")
         trace.next_hop(Hop(step.target.url, answer.status_code))
         before, step = step, _next_step(step, answer.status_code, follow(step.target, location, transport.policy))
         if move is not None and step.target.host != before.target.host:

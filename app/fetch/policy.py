@@ -384,10 +384,13 @@ def _check_header(name: str, value: str) -> None:
     if lowered in HEADERS_NOT_ALLOWED or lowered.startswith(HEADER_PREFIXES_NOT_ALLOWED):
         _refuse(
             FailureCode.HEADER_NOT_ALLOWED,
-            "Hop-by-hop, framing, Host and metadata headers cannot be set; leave them out.",
+            f"The header {name} cannot be set, like all hop-by-hop, framing, Host and metadata headers; leave it out.",
         )
     if not _HEADER_VALUE.fullmatch(value):
-        _refuse(FailureCode.HEADER_INVALID, "A header value has a line end, control or non-ASCII character; encode it.")
+        _refuse(
+            FailureCode.HEADER_INVALID,
+            f"The value of the header {name} has a line end, control or non-ASCII character; encode it.",
+        )
 
 
 def _resolved(target: Target, location: str) -> str:
