@@ -153,7 +153,7 @@ async def _serve_until_stopped(settings: Settings, listener: socket.socket) -> N
 def _make_api(settings: Settings, engine: AsyncEngine, port: int) -> FastAPI:
     return create_app(
         sessions=make_sessions(engine),
-        lend_driver=make_lender(engine, pgbouncer=settings.pgbouncer),
+        lend_driver=make_lender(engine),
         policy=_make_policy(settings, port),
         version=__version__,
         host=settings.host,
@@ -292,7 +292,7 @@ async def _work_until_stopped(settings: Settings, transport: Transport, *, of_a_
         _database_url(settings), pgbouncer=settings.pgbouncer, pool_size=WORKER_CONNECTIONS, generic_plans=True
     )
     sessions = make_sessions(engine)
-    autocommit = sessions if settings.pgbouncer else make_autocommit(engine)
+    autocommit = make_autocommit(engine)
     listener = Listener()
     pool = Pool(
         sessions=sessions,

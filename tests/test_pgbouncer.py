@@ -87,7 +87,7 @@ async def test_statements_through_pgbouncer_have_their_deadlines(bounced_url: st
     )
     async with bounced.begin() as session:
         assert tuple((await session.execute(text(settings))).one()) == ("15s", "10s", "5s")
-    async with make_lender(bounced.kw["bind"], pgbouncer=True)() as driver:
+    async with make_lender(bounced.kw["bind"])() as driver:
         assert tuple(await driver.fetchrow(settings)) == ("15s", "10s", "5s")
     others = await connect(bounced_url)
     assert tuple(await others.fetchrow(settings)) == ("0", "0", "0")

@@ -142,17 +142,17 @@ def make_sessions(engine: AsyncEngine) -> Sessions:
 def make_autocommit(engine: AsyncEngine) -> Sessions:
     """Make sessions whose every statement is a transaction: without BEGIN and COMMIT, two round trips of three.
 
-    Not behind PgBouncer, where it takes a transaction to set deadlines.
+    Behind PgBouncer, where it takes a transaction to set deadlines, they are as others.
     """
-    return make_sessions(engine.execution_options(isolation_level="AUTOCOMMIT"))
+    return make_sessions(engine if _is_bounced(engine) else engine.execution_options(isolation_level="AUTOCOMMIT"))
 
 
-def make_lender(engine: AsyncEngine, *, pgbouncer: bool = False) -> LendDriver:
+def make_lender(engine: AsyncEngine) -> LendDriver:
     """Make a way to the driver's own connections, for a SELECT that is asked for often (docs/decisions/0020).
 
     What is lent is in no transaction; behind PgBouncer it is in one, which sets its deadlines.
     """
-    return partial(_lend_in_transaction if pgbouncer else _lend, engine)
+    return partial(_lend_in_transaction if _is_bounced(engine) else _lend, engine)
 
 
 @asynccontextmanager
@@ -238,6 +238,11 @@ def _deadlines() -> dict[str, str]:
         "lock_timeout": str(int(LOCK_TIMEOUT_S * 1000)),
         "idle_in_transaction_session_timeout": str(int(IDLE_IN_TRANSACTION_TIMEOUT_S * 1000)),
     }
+
+
+def _is_bounced(engine: AsyncEngine) -> bool:
+    """Whether it was made for PgBouncer."""
+    return event.contains(engine.sync_engine, "begin", _set_locally)
 
 
 def _set_locally(connection: Connection) -> None:

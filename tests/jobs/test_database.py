@@ -19,7 +19,7 @@ def pgbouncer(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture
 async def lend(database_url: str, pgbouncer: bool) -> AsyncIterator[LendDriver]:
     engine = make_engine(database_url, pgbouncer=pgbouncer, pool_size=1)
-    yield make_lender(engine, pgbouncer=pgbouncer)
+    yield make_lender(engine)
     await engine.dispose()
 
 
