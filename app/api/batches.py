@@ -241,8 +241,9 @@ async def stream_batch_results(
 ) -> Response:
     """Stream what is finished."""
     async with context_of(request).sessions.begin() as session:
-        await _require(session, batch_id)
-    lines = results.stream(context_of(request).sessions, batch_id, with_bodies=query.include == "body")
+        batch = await _require(session, batch_id)
+    sessions, with_bodies = context_of(request).sessions, query.include == "body"
+    lines = results.stream(sessions, batch_id, total=batch.counts.total, with_bodies=with_bodies)
     return StreamingResponse(lines, media_type="application/x-ndjson")
 
 

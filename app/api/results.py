@@ -8,10 +8,10 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from uuid import UUID
 
-from app.api.schemas import FINISHED_JOB, job_view
+from app.api.schemas import job_view
 from app.jobs import reads
 from app.jobs.database import Sessions
-from app.jobs.reads import Body, Job, JobFilter
+from app.jobs.reads import Body, Job
 
 PAGE_JOBS = 500
 TEXT_PIECE_CHARS = 2**17
@@ -19,20 +19,16 @@ BASE64_PIECE_BYTES = 3 * 2**16
 """A multiple of three, so that the pieces' Base64 can be joined."""
 
 
-async def stream(sessions: Sessions, batch_id: UUID, *, with_bodies: bool) -> AsyncIterator[bytes]:
-    """Write a line for every job that is finished when its turn comes, in the order they were given."""
-    after, is_last = -1, False
-    while not is_last:
+async def stream(sessions: Sessions, batch_id: UUID, *, total: int, with_bodies: bool) -> AsyncIterator[bytes]:
+    """Write a line for every job of the `total` that is finished when its turn comes, in the order they were given."""
+    for start in range(0, total, PAGE_JOBS):
         async with sessions.begin() as session:
-            jobs = await reads.list_jobs(session, batch_id, after=after, limit=PAGE_JOBS, where=JobFilter())
-        is_last = len(jobs) < PAGE_JOBS
-        finished = [job for job in jobs if job.status in FINISHED_JOB]
+            jobs = await reads.list_finished(session, batch_id, start=start, stop=start + PAGE_JOBS)
         if with_bodies:
-            async for piece in _lines_with_bodies(sessions, finished):
+            async for piece in _lines_with_bodies(sessions, jobs):
                 yield piece
         else:
-            yield b"".join(_line(job) + b"\n" for job in finished)
-        after = jobs[-1].position if jobs else after
+            yield b"".join(_line(job) + b"\n" for job in jobs)
 
 
 async def _lines_with_bodies(sessions: Sessions, jobs: list[Job]) -> AsyncIterator[bytes]:

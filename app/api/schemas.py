@@ -29,7 +29,6 @@ SKIPPED_SHOWN_MAX = 100
 BatchStatus = Literal["queued", "running", "completed", "cancelled"]
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 FINISHED_BATCH = frozenset({"completed", "cancelled"})
-FINISHED_JOB = frozenset({"succeeded", "failed", "cancelled"})
 
 BATCH_ID_EXAMPLE = UUID("0198f2c1-b5e0-7d3c-9a4b-e1c02f6d7a10")
 JOB_ID_EXAMPLE = UUID("0198f2c1-b5e4-8a61-8c1d-5b0e9f3a2c77")

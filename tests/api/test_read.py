@@ -210,6 +210,17 @@ async def test_results_go_on_over_pages_and_pieces(
     assert base64.b64decode(lines[6]["body_base64"]) == contents[6]
 
 
+async def test_results_go_on_past_pages_of_which_nothing_is_finished(
+    api: httpx2.AsyncClient, reader: Reader, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "PAGE_JOBS", 2)
+    batch_id = await reader.submit(*["h.example"] * 7)
+    [jobs] = (await worker.claim(jobs_per_host=7)).values()
+    await worker.record(*(success(job, b"page") for job in jobs if job.url.endswith(("/0", "/6"))))
+    response = await api.get(f"/v1/batches/{batch_id}/results")
+    assert [json.loads(line)["position"] for line in response.text.splitlines()] == [0, 6]
+
+
 async def test_no_transaction_is_open_while_results_are_sent(
     make_app: AppMaker, reader: Reader, worker: Worker, sessions: Sessions
 ) -> None:

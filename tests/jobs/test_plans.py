@@ -190,6 +190,7 @@ STATEMENTS: list[tuple[str, TextClause, Mapping[str, Any]]] = [
     ("read a batch", reads.ONE_BATCH, {"id": uuid4()}),
     ("list batches", reads.MANY_BATCHES, {"limit": 50, "before": uuid4(), "status": None}),
     ("list jobs", reads.MANY_JOBS, PAGE),
+    ("list finished jobs", reads.FINISHED_JOBS, {"batch_id": uuid4(), "start": 0, "stop": 500}),
     ("read a job", reads.ONE_JOB, {"shard": 1, "id": uuid4()}),
     ("read attempts", reads.ATTEMPTS, {"shard": 1, "id": uuid4()}),
     ("read a body", reads.ONE_BODY, {"shard": 1, "id": uuid4()}),
