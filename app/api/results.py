@@ -1,19 +1,26 @@
-"""The results of a batch as a stream of JSON lines, a page of jobs in memory at a time.
+"""The results of a batch as a stream of JSON lines, a page of jobs and some megabytes of bodies in memory at a time.
 
-No transaction is open while bytes move to the client; a body is read when its line is sent, and sent in pieces.
+No transaction is open while bytes move to the client. Lines are made in a thread, for a page of them takes long.
 """
 
+import asyncio
 import base64
-import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from uuid import UUID
 
-from app.api.schemas import job_view
-from app.jobs import reads
-from app.jobs.database import Sessions
-from app.jobs.reads import Body, Job
+from msgspec import json
 
-PAGE_JOBS = 500
+from app.api.schemas import job_view
+from app.jobs import bodies, reads
+from app.jobs.bodies import Packed
+from app.jobs.database import Sessions
+from app.jobs.reads import Job
+
+PAGE_JOBS = 200
+"""Read in 0.01 s, in which nothing else runs."""
+GROUP_BYTES_MAX = 4 * 2**20
+"""Of bodies that are read at once, before they were packed; a larger one is read alone."""
+CHUNK_BYTES = 2**18
 TEXT_PIECE_CHARS = 2**17
 BASE64_PIECE_BYTES = 3 * 2**16
 """A multiple of three, so that the pieces' Base64 can be joined."""
@@ -24,49 +31,79 @@ async def stream(sessions: Sessions, batch_id: UUID, *, total: int, with_bodies:
     for start in range(0, total, PAGE_JOBS):
         async with sessions.begin() as session:
             jobs = await reads.list_finished(session, batch_id, start=start, stop=start + PAGE_JOBS)
-        if with_bodies:
-            async for piece in _lines_with_bodies(sessions, jobs):
-                yield piece
-        else:
-            yield b"".join(_line(job) + b"\n" for job in jobs)
+        for group in _groups(jobs) if with_bodies else [jobs]:
+            packed = await _packed(sessions, group) if with_bodies else None
+            async for chunk in _in_chunks(_lines(group, packed)):
+                yield chunk
 
 
-async def _lines_with_bodies(sessions: Sessions, jobs: list[Job]) -> AsyncIterator[bytes]:
+def _groups(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """Part jobs into those whose bodies are read at once."""
+    group: list[Job] = []
+    size = 0
     for job in jobs:
-        body = await _body(sessions, job)
-        yield _line(job)[:-1]
-        for piece in _body_members(body):
-            yield piece
+        size += job.body_bytes or 0
+        if group and size > GROUP_BYTES_MAX:
+            yield group
+            group, size = [], job.body_bytes or 0
+        group.append(job)
+    if group:
+        yield group
+
+
+async def _packed(sessions: Sessions, jobs: Sequence[Job]) -> dict[UUID, Packed]:
+    async with sessions.begin() as session:
+        return await reads.list_packed(session, jobs)
+
+
+async def _in_chunks(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+    while chunk := await asyncio.to_thread(_next_chunk, pieces):
+        yield chunk
+
+
+def _next_chunk(pieces: Iterator[bytes]) -> bytes:
+    """Take about `CHUNK_BYTES`; nothing at the end."""
+    taken, size = [], 0
+    for piece in pieces:
+        taken.append(piece)
+        size += len(piece)
+        if size >= CHUNK_BYTES:
+            break
+    return b"".join(taken)
+
+
+def _lines(jobs: Sequence[Job], packed: Mapping[UUID, Packed] | None) -> Iterator[bytes]:
+    """Make the lines, in pieces; with the bodies where these are given."""
+    for job in jobs:
+        yield _in_one_line(job_view(job).model_dump_json().encode())[:-1]
+        if packed is not None:
+            yield from _body_members(bodies.unpack(*packed[job.id]) if job.id in packed else None)
         yield b"}\n"
 
 
-async def _body(sessions: Sessions, job: Job) -> Body | None:
-    if job.body_sha256 is None:
-        return None
-    async with sessions.begin() as session:
-        body = await reads.get_body(session, job.id)
-    return body if isinstance(body, Body) else None
-
-
-def _line(job: Job) -> bytes:
-    return job_view(job).model_dump_json().encode()
-
-
-def _body_members(body: Body | None) -> Iterator[bytes]:
+def _body_members(content: bytes | None) -> Iterator[bytes]:
     """The rest of a line's object: `body_text` where the bytes are UTF-8, else `body_base64`."""
-    if body is None:
+    if content is None:
         yield b',"body_text":null,"body_base64":null'
         return
-    text = _text(body.content)
+    text = _text(content)
     if text is not None:
         yield b',"body_base64":null,"body_text":"'
         for start in range(0, len(text), TEXT_PIECE_CHARS):
-            yield json.dumps(text[start : start + TEXT_PIECE_CHARS])[1:-1].encode()
+            yield _in_one_line(json.encode(text[start : start + TEXT_PIECE_CHARS])[1:-1])
     else:
         yield b',"body_text":null,"body_base64":"'
-        for start in range(0, len(body.content), BASE64_PIECE_BYTES):
-            yield base64.b64encode(body.content[start : start + BASE64_PIECE_BYTES])
+        for start in range(0, len(content), BASE64_PIECE_BYTES):
+            yield base64.b64encode(content[start : start + BASE64_PIECE_BYTES])
     yield b'"'
+
+
+def _in_one_line(written: bytes) -> bytes:
+    """Escape what many readers of lines, unlike JSON, take for a line's end: U+0085, U+2028 and U+2029."""
+    if written.isascii():
+        return written
+    written = written.replace(b"\xc2\x85", rb"\u0085")
+    return written.replace(b"\xe2\x80\xa8", rb"\u2028").replace(b"\xe2\x80\xa9", rb"\u2029")
 
 
 def _text(content: bytes) -> str | None:

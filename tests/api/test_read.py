@@ -199,15 +199,28 @@ async def test_results_are_a_line_for_each_finished_job(
 async def test_results_go_on_over_pages_and_pieces(
     api: httpx2.AsyncClient, reader: Reader, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("PAGE_JOBS", 3), ("TEXT_PIECE_CHARS", 7), ("BASE64_PIECE_BYTES", 6)):
+    sizes = {"PAGE_JOBS": 3, "GROUP_BYTES_MAX": 100, "CHUNK_BYTES": 50, "TEXT_PIECE_CHARS": 7, "BASE64_PIECE_BYTES": 6}
+    for name, value in sizes.items():
         monkeypatch.setattr(results, name, value)
-    contents = [f"page {number} \U0001f600 \u00e9".encode() * 5 for number in range(6)] + [b"\xff" * 100]
+    contents = [f"page {number} \U0001f600 \u00e9".encode() * 5 for number in (0, 0, 2, 3, 4, 5)] + [b"\xff" * 100]
     batch_id = await reader.submit(*["h.example"] * 7)
     await finish(worker, reader, batch_id, *contents)
     response = await api.get(f"/v1/batches/{batch_id}/results?include=body")
     lines = [json.loads(line) for line in response.text.split("\n")[:-1]]
     assert [line["body_text"] for line in lines[:6]] == [content.decode() for content in contents[:6]]
     assert base64.b64decode(lines[6]["body_base64"]) == contents[6]
+
+
+async def test_readers_of_lines_take_each_result_for_one(
+    api: httpx2.AsyncClient, reader: Reader, worker: Worker
+) -> None:
+    """`str.splitlines`, by which httpx reads lines, ends them where JSON needs no escape."""
+    body = "".join(chr(each) for each in (*range(1, 32), 0x85, 0x2028, 0x2029, 0x20AC))
+    answer = await api.post("/v1/batches", json={"jobs": [{"url": "http://h.example/", "metadata": {"body": body}}]})
+    await finish(worker, reader, UUID(answer.json()["id"]), body.encode())
+    response = await api.get(f"/v1/batches/{answer.json()['id']}/results?include=body")
+    [line] = [json.loads(line) for line in response.text.splitlines()]
+    assert line["body_text"] == line["metadata"]["body"] == body
 
 
 async def test_results_go_on_past_pages_of_which_nothing_is_finished(

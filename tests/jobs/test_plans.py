@@ -194,6 +194,7 @@ STATEMENTS: list[tuple[str, TextClause, Mapping[str, Any]]] = [
     ("read a job", reads.ONE_JOB, {"shard": 1, "id": uuid4()}),
     ("read attempts", reads.ATTEMPTS, {"shard": 1, "id": uuid4()}),
     ("read a body", reads.ONE_BODY, {"shard": 1, "id": uuid4()}),
+    ("read bodies", reads.MANY_BODIES, {"shards": [1], "sha256s": [b"1" * 32]}),
 ]
 
 
