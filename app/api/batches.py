@@ -10,7 +10,7 @@ from fastapi import APIRouter, Header, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from app.api import examples, paging, problems, results
 from app.api.context import Context, context_of
@@ -226,7 +226,7 @@ async def list_batch_jobs(batch_id: BatchId, request: Request, query: Annotated[
 
 @router.get(
     "/{batch_id}/results",
-    response_class=StreamingResponse,
+    response_class=results.Lines,
     operation_id="streamBatchResults",
     summary="Stream the results as JSON lines",
     description="One line for each finished job, in the order they were given. On an unfinished batch: those that are "
@@ -244,7 +244,7 @@ async def stream_batch_results(
         batch = await _require(session, batch_id)
     sessions, with_bodies = context_of(request).sessions, query.include == "body"
     lines = results.stream(sessions, batch_id, total=batch.counts.total, with_bodies=with_bodies)
-    return StreamingResponse(lines, media_type="application/x-ndjson")
+    return results.Lines(lines, media_type="application/x-ndjson")
 
 
 @router.post(

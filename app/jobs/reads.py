@@ -12,7 +12,7 @@ from typing import Any, Literal
 from uuid import UUID
 
 import asyncpg
-from msgspec import json
+from msgspec import Raw, Struct, json
 from sqlalchemy import text
 from sqlalchemy.engine import Row, RowMapping
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -214,7 +214,7 @@ def _batch(row: RowMapping | asyncpg.Record) -> Batch:
 
 
 # What makes a `Job`, named as there, and `evidence`, which has the rest of it: as text, for SQLAlchemy takes several
-# times as long to read it as `_evidence` does.
+# times as long to read it as msgspec.
 JOB_COLUMNS = """
     job.id, job.batch_id, job.position, job.url, job.host,
     coalesce(job.request ->> 'method', batch.options ->> 'method', 'GET') AS method,
@@ -296,7 +296,7 @@ async def get_job(session: AsyncSession, job_id: UUID) -> JobDetail | None:
     attempts = [*await session.execute(ATTEMPTS, keys)]
     if row.finished_at is not None and row.evidence is not None:  # it was fetched; that attempt is on the job's own row
         attempts.append(row)
-    fields, evidence = _job_fields(row), _evidence(row.evidence)
+    fields, evidence = _job_fields(row), _all_evidence(row)
     return JobDetail(
         request_header_names=_header_names(fields.pop("request"), fields.pop("options")),
         response_headers=evidence.get("headers"),
@@ -309,26 +309,43 @@ async def get_job(session: AsyncSession, job_id: UUID) -> JobDetail | None:
 def _job_fields(row: Row[Any]) -> dict[str, Any]:
     """Put what was selected, and more, under the names of a `Job`'s fields."""
     fields = dict(zip(row._fields, row, strict=True))  # each attribute of a row costs what this does
-    evidence = _evidence(fields.pop("evidence"))
-    known = evidence if row.finished_at is not None else {}
-    fields["body_bytes"] = known.get("body_bytes")
-    fields["wire_bytes"] = known.get("wire_bytes")
-    fields["total_ms"] = known.get("total_ms")
+    evidence = _shown_evidence(fields.pop("evidence"))
+    is_finished = row.finished_at is not None
+    fields["body_bytes"] = evidence.body_bytes if is_finished else None
+    fields["wire_bytes"] = evidence.wire_bytes if is_finished else None
+    fields["total_ms"] = evidence.total_ms if is_finished else None
     fields["content_type"] = _content_type(evidence)
     # stored only where it is not the job's own
-    fields["final_url"] = evidence.get("final_url", row.url if row.http_status is not None else None)
+    fields["final_url"] = evidence.final_url or (row.url if row.http_status is not None else None)
     return fields
 
 
-def _evidence(stored: str | None) -> dict[str, Any]:
-    evidence: dict[str, Any] = {} if stored is None else json.decode(stored)
+class _ShownEvidence(Struct):
+    """What lists show of a job's evidence. Its values of header fields, which may be long, are read when asked for."""
+
+    final_url: str | None = None
+    body_bytes: int | None = None
+    wire_bytes: int | None = None
+    total_ms: float | None = None
+    headers: list[tuple[str, Raw]] = []
+
+
+_SHOWN = json.Decoder(_ShownEvidence)
+_NOTHING = _ShownEvidence()
+
+
+def _shown_evidence(stored: str | None) -> _ShownEvidence:
+    return _NOTHING if stored is None else _SHOWN.decode(stored)
+
+
+def _all_evidence(row: Row[Any]) -> dict[str, Any]:
+    evidence: dict[str, Any] = {} if row.evidence is None else json.decode(row.evidence)
     return evidence
 
 
-def _content_type(evidence: dict[str, Any]) -> str | None:
-    values = (value for name, value in evidence.get("headers") or () if name.lower() == "content-type")
-    value: str | None = next(values, None)
-    return None if value is None else value[:CONTENT_TYPE_CHARS_MAX]
+def _content_type(evidence: _ShownEvidence) -> str | None:
+    value = next((value for name, value in evidence.headers if name.lower() == "content-type"), None)
+    return None if value is None else json.decode(value, type=str)[:CONTENT_TYPE_CHARS_MAX]
 
 
 def _header_names(request: dict[str, Any] | None, options: dict[str, Any]) -> list[str]:
@@ -346,7 +363,7 @@ def _attempt(row: Row[Any], number: int) -> Attempt:
         http_status=row.http_status,
         started_at=row.started_at,
         finished_at=row.finished_at,
-        evidence=_fetch_evidence(_evidence(row.evidence)),
+        evidence=_fetch_evidence(_all_evidence(row)),
     )
 
 
@@ -372,8 +389,8 @@ async def get_body(session: AsyncSession, job_id: UUID) -> Body | Literal["missi
     if row.content is None:
         return "none"
     return Body(
-        content=await asyncio.to_thread(bodies.unpack, row.content, row.encoding),
-        content_type=_content_type(_evidence(row.evidence)),
+        content=await asyncio.to_thread(_content, row),
+        content_type=_content_type(_shown_evidence(row.evidence)),
         sha256=row.sha256.hex(),
     )
 
@@ -387,14 +404,21 @@ MANY_BODIES = text("""
 """)
 
 
-async def list_packed(session: AsyncSession, jobs: Iterable[Job]) -> dict[UUID, bodies.Packed]:
-    """Return the bodies of jobs as they are stored, by the jobs' ids; of jobs that have none, nothing.
+class BatchGone(Exception):
+    """The batch was deleted while it was read."""
 
-    Nothing as well where the batch was deleted since the jobs were listed.
-    """
+
+async def list_bodies(session: AsyncSession, jobs: Iterable[Job]) -> dict[UUID, bytes]:
+    """Return the bodies of those jobs that have one, by the jobs' ids. Raises `BatchGone` when one is erased."""
     keys = {job.id: (shard_of_job(job.id), bytes.fromhex(job.body_sha256)) for job in jobs if job.body_sha256}
     wanted = set(keys.values())
     values = {"shards": [shard for shard, _ in wanted], "sha256s": [sha256 for _, sha256 in wanted]}
-    rows = await session.execute(MANY_BODIES, values)
-    stored = {(row.shard, row.sha256): (row.content, row.encoding) for row in rows}
-    return {job_id: stored[key] for job_id, key in keys.items() if key in stored}
+    rows = (await session.execute(MANY_BODIES, values)).all()
+    if len(rows) < len(wanted):
+        raise BatchGone
+    contents = await asyncio.to_thread(lambda: {(row.shard, row.sha256): _content(row) for row in rows})
+    return {job_id: contents[key] for job_id, key in keys.items()}
+
+
+def _content(row: Row[Any]) -> bytes:
+    return bodies.unpack(row.content, row.encoding)

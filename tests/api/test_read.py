@@ -1,7 +1,12 @@
 """Reading batches, jobs, bodies and results, cancelling and deleting."""
 
+import asyncio
 import base64
+import gc
 import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from types import GeneratorType, ModuleType
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -9,8 +14,10 @@ import httpx2
 import pytest
 from msgspec import structs
 from sqlalchemy import text
+from starlette.types import Message
 
 from app.api import results
+from app.jobs import reads
 from app.jobs.database import Sessions
 from tests.api.conftest import AppMaker, calling, served
 from tests.jobs.actors import Client as Reader
@@ -211,6 +218,24 @@ async def test_results_go_on_over_pages_and_pieces(
     assert base64.b64decode(lines[6]["body_base64"]) == contents[6]
 
 
+async def test_results_break_off_when_their_batch_is_deleted(
+    api: httpx2.AsyncClient, reader: Reader, worker: Worker, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "PAGE_JOBS", 1)
+    batch_id = await reader.submit("h.example", "h.example")
+    await finish(worker, reader, batch_id, b"one", b"two")
+    jobs = await reader.jobs(batch_id)
+    async with aclosing(results.stream(sessions, batch_id, total=2, with_bodies=True)) as lines:
+        assert json.loads(await anext(lines))["body_text"] == "one"
+        assert (await api.delete(f"/v1/batches/{batch_id}")).status_code == 204
+        with pytest.raises(reads.BatchGone):
+            await anext(lines)
+    async with sessions.begin() as session:
+        await session.execute(text("DELETE FROM body"))
+        with pytest.raises(reads.BatchGone):
+            await reads.list_bodies(session, jobs)
+
+
 async def test_readers_of_lines_take_each_result_for_one(
     api: httpx2.AsyncClient, reader: Reader, worker: Worker
 ) -> None:
@@ -246,6 +271,53 @@ async def test_no_transaction_is_open_while_results_are_sent(
         async with sessions.begin() as session:
             open_count = await session.scalar(text(OPEN_TRANSACTIONS))
     assert open_count == 0
+
+
+async def test_results_are_let_go_of_when_the_client_goes(make_app: AppMaker, reader: Reader, worker: Worker) -> None:
+    """At once: until garbage is collected, a few clients could fill the memory."""
+    batch_id = await reader.submit("h.example")
+    await finish(worker, reader, batch_id, b"x" * 16_000_000)
+    path = f"/v1/batches/{batch_id}/results?include=body"
+    gc.collect()
+    gc.disable()
+    try:
+        async with served(make_app()) as url, httpx2.AsyncClient(base_url=url) as api:
+            async with api.stream("GET", path) as response:
+                await anext(response.aiter_raw(1000))
+            async with asyncio.timeout(10):
+                while _open_generators(results):
+                    await asyncio.sleep(0.01)
+    finally:
+        gc.enable()
+
+
+async def test_a_stream_is_closed_when_its_client_goes_while_it_waits_to_send() -> None:
+    waits, ended = asyncio.Event(), asyncio.Event()
+
+    async def lines() -> AsyncGenerator[bytes]:
+        try:
+            yield b"line\n"
+        finally:
+            ended.set()
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            waits.set()
+            await asyncio.Event().wait()
+
+    async def receive() -> Message:
+        await waits.wait()
+        return {"type": "http.disconnect"}
+
+    response = results.Lines(lines())
+    await response({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
+    assert ended.is_set()
+
+
+def _open_generators(module: ModuleType) -> list[object]:
+    """Generators of a module that have begun and not ended."""
+    every = [each for each in gc.get_objects() if isinstance(each, GeneratorType)]
+    return [each for each in every if each.gi_code.co_filename == module.__file__ and each.gi_frame is not None]
 
 
 async def test_cancelling_is_asked_for_once_and_shown(api: httpx2.AsyncClient, reader: Reader) -> None:
