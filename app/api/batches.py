@@ -51,7 +51,7 @@ IdempotencyKey = Annotated[
         alias="Idempotency-Key",
         pattern=r"^[!-~]{1,255}$",
         description="A name of your own for this request, best a UUID: sent again within 24 hours, with the same body, "
-        "it stores nothing and is answered as the first time.",
+        "byte for byte, it stores nothing and is answered as the first time.",
     ),
 ]
 

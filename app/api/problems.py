@@ -79,7 +79,7 @@ IDEMPOTENCY_KEY_IN_USE = Kind(
 IDEMPOTENCY_KEY_REUSED = Kind(
     "idempotency_key_reused",
     422,
-    "This Idempotency-Key was sent with another body in the last 24 hours; use a new key for a new batch.",
+    "This Idempotency-Key was sent with other bytes in the last 24 hours; use a new key for a new batch.",
 )
 BUSY = Kind("busy", 503, "Too many large batches are being taken in; send this one again later.", retry_after_s=10)
 DATABASE_UNAVAILABLE = Kind(

@@ -257,10 +257,13 @@ class BatchView(View):
     http_statuses: dict[str, int] = Field(
         description="Finished jobs by HTTP status of the last response.", examples=[{"200": 2}]
     )
-    wire_bytes: int = Field(description="Bytes of response bodies as received.", examples=[1256])
-    body_bytes: int = Field(description="Bytes of response bodies, decoded.", examples=[2512])
+    wire_bytes: int = Field(description="Bytes of response bodies as received, of all attempts.", examples=[1256])
+    body_bytes: int = Field(description="Bytes of response bodies, decoded, of all attempts.", examples=[2512])
     options: dict[str, Any] = Field(
-        description="The options that were set; of headers only the names.", examples=[{"timeout_s": 20}]
+        # of the title, generated clients make the name of a class: "Batch" and "Options" is one that there is
+        title="Given options",
+        description="The options that were set; of headers only the names.",
+        examples=[{"timeout_s": 20}],
     )
     metadata: dict[str, Any] | None = Field(examples=[{"project": "docs"}])
     skipped: list[SkippedEntryView] = Field(description="Entries left out as invalid: the first 100.", examples=[[]])

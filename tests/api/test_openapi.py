@@ -54,6 +54,15 @@ async def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None
     assert document["components"]["schemas"]["FailureCode"]["enum"] == list(FailureCode)
 
 
+async def test_no_field_takes_the_name_of_a_schema_in_generated_clients(document: dict[str, Any]) -> None:
+    """Which call the object in a field by the schema it is in and the field's title."""
+    schemas = document["components"]["schemas"]
+    for name, schema in schemas.items():
+        for field in schema.get("properties", {}).values():
+            if field.get("type") == "object":
+                assert name + field["title"].title().replace(" ", "") not in schemas
+
+
 async def test_the_example_batches_work_as_they_stand(api: httpx2.AsyncClient, document: dict[str, Any]) -> None:
     content = document["paths"]["/v1/batches"]["post"]["requestBody"]["content"]["application/json"]
     assert len(content["examples"]) >= 2
