@@ -299,7 +299,9 @@ class JobView(View):
     )
     status: JobStatus = Field(description="A retry is `queued` with a later `run_at`.", examples=["succeeded"])
     attempts: int = Field(description="Tries so far that count against `max_attempts`.", examples=[1])
-    run_at: datetime | None = Field(description="When it may run, while it is queued.", examples=[None])
+    run_at: datetime | None = Field(
+        description="When it may run, while it is queued: not before its host has rested.", examples=[None]
+    )
     error: FailureCode | None = Field(description="Why it failed, or why its last attempt did.", examples=[None])
     error_detail: str | None = Field(examples=[None])
     http_status: int | None = Field(examples=[200])

@@ -219,8 +219,11 @@ JOB_COLUMNS = """
     job.id, job.batch_id, job.position, job.url, job.host,
     coalesce(job.request ->> 'method', batch.options ->> 'method', 'GET') AS method,
     job.custom_id, job.metadata, job.status, job.attempt - job.lost AS attempts,
-    CASE WHEN job.status = 'queued' THEN job.run_at END AS run_at, job.error, job.error_detail, job.http_status,
-    encode(job.body_sha256, 'hex') AS body_sha256, batch.created_at, job.started_at, job.finished_at,
+    CASE WHEN job.status = 'queued' THEN greatest(job.run_at, (
+        SELECT not_before FROM host WHERE host.shard = job.shard AND host.host = job.host
+    )) END AS run_at,
+    job.error, job.error_detail, job.http_status, encode(job.body_sha256, 'hex') AS body_sha256,
+    batch.created_at, job.started_at, job.finished_at,
     CAST(job.evidence AS text) AS evidence
 """
 

@@ -185,6 +185,18 @@ async def test_a_missing_body_says_why(api: httpx2.AsyncClient, reader: Reader, 
         assert (response.status_code, response.json()["code"]) == (status, code)
 
 
+async def test_a_job_that_waits_for_its_host_to_rest_says_until_when(
+    api: httpx2.AsyncClient, reader: Reader, sessions: Sessions
+) -> None:
+    batch_id = await reader.submit("rests.example", "other.example")
+    until = "2126-01-01T00:00:00Z"
+    async with sessions.begin() as session:
+        await session.execute(text(f"UPDATE host SET not_before = '{until}' WHERE host = 'rests.example'"))
+    rests, other = (await api.get(f"/v1/batches/{batch_id}/jobs")).json()["data"]
+    assert rests["run_at"] == until > other["run_at"]
+    assert (await api.get(f"/v1/jobs/{rests['id']}")).json()["run_at"] == until
+
+
 async def test_results_are_a_line_for_each_finished_job(
     api: httpx2.AsyncClient, reader: Reader, worker: Worker
 ) -> None:
