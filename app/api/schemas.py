@@ -174,7 +174,9 @@ class JobRequest(Strict):
     body: str | None = Field(default=None, max_length=JOB_BODY_CHARS_MAX, description="Body to send, encoded as UTF-8.")
     timeout_s: TimeoutS | None = Field(default=None, description="Total seconds of one attempt.")
     max_attempts: MaxAttempts | None = Field(default=None, description="Most tries of this job.")
-    custom_id: CustomId | None = Field(default=None, description="A name of your own, shown with the job.")
+    custom_id: CustomId | None = Field(
+        default=None, description="A name of your own, shown with the job; two may have the same."
+    )
     metadata: Metadata | None = Field(default=None, description="Anything of your own, shown with the job.")
 
 

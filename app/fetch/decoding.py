@@ -162,7 +162,8 @@ def _capped(source: Iterator[bytes], bytes_max: int) -> Iterator[bytes]:
         total_bytes += len(piece)
         if total_bytes > bytes_max:
             raise Failed(
-                FailureCode.DECOMPRESSED_TOO_LARGE, "The decoded body is larger than the limit, body_bytes_max."
+                FailureCode.DECOMPRESSED_TOO_LARGE,
+                f"The decoded body is larger than body_bytes_max, {bytes_max:,} bytes.",
             )
         yield piece
 

@@ -75,12 +75,18 @@ class Exchange:
     def refuse_announced(self) -> None:
         """Raise `Failed` when the head announces a body over the limit: nothing of it need be awaited."""
         if self.head is not None and self.head.length > self._wire_bytes_max:
-            raise Failed(FailureCode.BODY_TOO_LARGE, "The announced body is larger than the limit, wire_bytes_max.")
+            raise Failed(
+                FailureCode.BODY_TOO_LARGE,
+                f"The announced body is larger than wire_bytes_max, {self._wire_bytes_max:,} bytes.",
+            )
 
     def _refuse_head(self, data: bytes, end: int) -> None:
         heads.refuse_prologue(data)
         if (len(data) if end < 0 else end) > self._limits.header_bytes_max:
-            raise Failed(FailureCode.HEADERS_TOO_LARGE, "The response head is larger than the limit, header_bytes_max.")
+            raise Failed(
+                FailureCode.HEADERS_TOO_LARGE,
+                f"The response head is larger than header_bytes_max, {self._limits.header_bytes_max:,} bytes.",
+            )
 
     def _take_head(self, data: bytes) -> None:
         head = heads.parse(data, method=self._method, limits=self._limits)
@@ -101,7 +107,9 @@ class Exchange:
         else:
             self._take_counted(data, self.head.length - self.wire_bytes)
         if self.wire_bytes > self._wire_bytes_max:
-            raise Failed(FailureCode.BODY_TOO_LARGE, "The body is larger than the limit, wire_bytes_max.")
+            raise Failed(
+                FailureCode.BODY_TOO_LARGE, f"The body is larger than wire_bytes_max, {self._wire_bytes_max:,} bytes."
+            )
 
     def _append(self, data: bytes) -> None:
         """Add to the body; what comes in one piece, as most do, is not copied."""

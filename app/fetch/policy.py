@@ -207,6 +207,10 @@ def _plain_target(url: str, policy: Policy) -> Target | None:
 
 
 def _careful_target(url: str, policy: Policy) -> Target:
+    if not url:
+        _refuse(FailureCode.INVALID_URL, "The URL is empty.")
+    if url != url.strip():
+        _refuse(FailureCode.INVALID_URL, "There is a space before or after the URL; remove it.")
     if _NEVER_IN_A_URL.search(url):
         _refuse(FailureCode.INVALID_URL, "The URL has a space, control character or backslash; percent-encode it.")
     scheme, rest = _split_scheme(url)

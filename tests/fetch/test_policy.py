@@ -250,6 +250,21 @@ def test_a_url_that_is_refused_has_its_code(url: str, code: str) -> None:
     assert refusal(url) == code
 
 
+@pytest.mark.parametrize(
+    ("url", "remedy"),
+    [
+        ("", "is empty"),
+        (" http://a.example/", "before or after the URL; remove it"),
+        ("http://a.example/\n", "before or after the URL; remove it"),
+        ("http://a.example/a b", "percent-encode it"),
+        ("a.example", "write it out with http://"),
+    ],
+)
+def test_a_url_that_is_refused_has_its_remedy(url: str, remedy: str) -> None:
+    with pytest.raises(Refused, match=remedy):
+        check_url(url, PUBLIC)
+
+
 @pytest.mark.parametrize("length", [URL_CHARACTERS_MAX, URL_CHARACTERS_MAX + 1])
 def test_the_longest_url_is_8192_characters(length: int) -> None:
     url = "http://example.com/".ljust(length, "a")
