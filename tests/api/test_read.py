@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 import httpx2
 import pytest
 from msgspec import structs
-from sqlalchemy import text
+from sqlalchemy import event, text
 from starlette.types import Message
 
 from app.api import results
@@ -258,6 +258,23 @@ async def test_readers_of_lines_take_each_result_for_one(
     response = await api.get(f"/v1/batches/{answer.json()['id']}/results?include=body")
     [line] = [json.loads(line) for line in response.text.splitlines()]
     assert line["body_text"] == line["metadata"]["body"] == body
+
+
+async def test_a_page_of_results_with_bodies_takes_two_statements(
+    reader: Reader, worker: Worker, sessions: Sessions
+) -> None:
+    """And one more at the end of all, for whether the batch is still there."""
+    batch_id = await reader.submit(*["h.example"] * 20)
+    await finish(worker, reader, batch_id, *(f"page {number}".encode() for number in range(20)))
+    statements: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement)
+
+    event.listen(sessions.kw["bind"].sync_engine, "before_cursor_execute", note)
+    chunks = [chunk async for chunk in results.stream(sessions, batch_id, total=20, with_bodies=True)]
+    assert b"".join(chunks).count(b"\n") == 20
+    assert len(statements) == 3
 
 
 async def test_results_go_on_past_pages_of_which_nothing_is_finished(
