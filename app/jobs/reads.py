@@ -311,7 +311,7 @@ async def get_job(session: AsyncSession, job_id: UUID) -> JobDetail | None:
 
 def _job_fields(row: Row[Any]) -> dict[str, Any]:
     """Put what was selected, and more, under the names of a `Job`'s fields."""
-    fields = dict(zip(row._fields, row, strict=True))  # each attribute of a row costs what this does
+    fields = dict(zip(row._fields, row, strict=True))  # attribute by attribute takes three times as long
     evidence = _shown_evidence(fields.pop("evidence"))
     is_finished = row.finished_at is not None
     fields["body_bytes"] = evidence.body_bytes if is_finished else None

@@ -22,6 +22,7 @@ from app.jobs.database import Sessions
 from tests.api.conftest import AppMaker, calling, served
 from tests.jobs.actors import Client as Reader
 from tests.jobs.actors import Worker, failure, success
+from tests.waiting import until
 
 OPEN_TRANSACTIONS = """
     SELECT count(*) FROM pg_stat_activity
@@ -313,9 +314,7 @@ async def test_results_are_let_go_of_when_the_client_goes(make_app: AppMaker, re
         async with served(make_app()) as url, httpx2.AsyncClient(base_url=url) as api:
             async with api.stream("GET", path) as response:
                 await anext(response.aiter_raw(1000))
-            async with asyncio.timeout(10):
-                while _open_generators(results):
-                    await asyncio.sleep(0.01)
+            await until(lambda: not _open_generators(results))
     finally:
         gc.enable()
 
