@@ -5,6 +5,7 @@ No transaction is open while bytes move to the client, and the event loop has a 
 
 import asyncio
 import base64
+import logging
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from uuid import UUID
@@ -28,6 +29,9 @@ BASE64_PIECE_BYTES = 3 * 2**16
 """A multiple of three, so that the pieces' Base64 can be joined."""
 
 
+logger = logging.getLogger(__name__)
+
+
 class Lines(StreamingResponse):
     """A stream that lets go of what it has in memory when its client goes.
 
@@ -35,11 +39,14 @@ class Lines(StreamingResponse):
     """
 
     async def stream_response(self, send: Send) -> None:
-        """Send it all, to whoever is still there."""
+        """Send it all, to whoever is still there; without an end, which cuts the connection, when the batch is gone."""
         lines = self.body_iterator
         assert isinstance(lines, AsyncGenerator)
         async with aclosing(lines):
-            await super().stream_response(send)
+            try:
+                await super().stream_response(send)
+            except reads.BatchGone:
+                logger.warning("Results are broken off: their batch was deleted")
 
 
 async def stream(sessions: Sessions, batch_id: UUID, *, total: int, with_bodies: bool) -> AsyncGenerator[bytes]:

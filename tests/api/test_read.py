@@ -342,6 +342,20 @@ async def test_a_stream_is_closed_when_its_client_goes_while_it_waits_to_send() 
     assert ended.is_set()
 
 
+async def test_a_stream_whose_batch_is_gone_has_no_end() -> None:
+    sent: list[Message] = []
+
+    async def lines() -> AsyncGenerator[bytes]:
+        yield b"line\n"
+        raise reads.BatchGone
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await results.Lines(lines()).stream_response(send)
+    assert [message.get("more_body") for message in sent] == [None, True]
+
+
 def _open_generators(module: ModuleType) -> list[object]:
     """Generators of a module that have begun and not ended."""
     every = [each for each in gc.get_objects() if isinstance(each, GeneratorType)]
