@@ -12,7 +12,7 @@ from app.jobs.ids import host_hash
 
 CRASHES_OF_SUSPECT = 2
 NO_EVIDENCE = "{}"
-"""Of a fetch that began, and of which nothing is known."""
+"""Of an attempt that counts, and of whose fetch nothing is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +134,7 @@ class Result(Struct, frozen=True, gc=False, kw_only=True):
     """What an attempt came to, as it shall be stored.
 
     `status` is `succeeded`, `failed` or `cancelled`, or `queued` for a retry in `delay_s` seconds. `body` is as stored,
-    under `encoding`; `evidence` is JSON text, `None` when nothing was fetched.
+    under `encoding`; `evidence` is JSON text, `None` when this was no attempt.
     """
 
     job: ClaimedJob

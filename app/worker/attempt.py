@@ -26,14 +26,21 @@ async def run(
 ) -> tuple[Outcome, Result]:
     """Fetch once; return the outcome and the result to store. Raises nothing but `CancelledError`."""
     outcome = await fetch(options.request, transport=transport, move=move)
-    verdict = retry.decide(
-        outcome,
-        accepts=options.accepts,
-        attempts_made=job.attempt - job.lost,
-        attempts_max=options.attempts_max,
-        repeatable=job.repeatable,
-    )
+    verdict = _decide(job, options, outcome)
     return outcome, await _result(job, outcome, verdict, places=transport.decoders.places)
+
+
+def shared(job: ClaimedJob, options: JobOptions, failure: Failure, *, delay_s: float) -> Result:
+    """The result of a job to which another one's failure applies; its next attempt is at least `delay_s` away."""
+    verdict = _decide(job, options, failure)
+    return Result(
+        job=job,
+        status=verdict.status,
+        delay_s=max(verdict.delay_s, delay_s),
+        error=verdict.code,
+        error_detail=verdict.detail,
+        evidence=NO_EVIDENCE,
+    )
 
 
 def cancelled(job: ClaimedJob, *, was_running: bool) -> Result:
@@ -78,6 +85,16 @@ def broken(job: ClaimedJob) -> Result:
         error=FailureCode.INTERNAL_ERROR,
         error_detail="A fault of the service ended this attempt; the operator finds it in the log under the job's id.",
         evidence=NO_EVIDENCE,
+    )
+
+
+def _decide(job: ClaimedJob, options: JobOptions, outcome: Outcome) -> retry.Verdict:
+    return retry.decide(
+        outcome,
+        accepts=options.accepts,
+        attempts_made=job.attempt - job.lost,
+        attempts_max=options.attempts_max,
+        repeatable=job.repeatable,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from app.jobs.values import ClaimedJob, Lease
+from app.outcome import Failure
 
 TURN_S = 5.0
 TURN_JOBS_MAX = 200
@@ -24,6 +25,7 @@ class Hold:
 
     At `stops_at`, a moment before an unrenewed lease ends, nothing starts any more and what runs is cancelled.
     `unrecorded` counts results not yet stored: releasing the host before them would have their jobs rescued.
+    `shared_failure` is what the last try met, where it applies to all jobs that are due until the next one.
     """
 
     lease: Lease
@@ -39,6 +41,7 @@ class Hold:
     next_start_at: float = 0.0
     backed_off_at: float = 0.0
     back_offs: int = 0
+    shared_failure: Failure | None = None
     is_dry: bool = False
     is_ready: bool = False
     is_ending: bool = False
@@ -64,12 +67,21 @@ class Hold:
         return min(self.concurrency, len(self.waiting) + len(self.running))
 
     def wanted(self, now: float) -> int:
-        """How many more jobs to claim: those to start within `AHEAD_S`, at least one a place; 0 when well supplied."""
-        if self.is_dry or self.is_ending or self.is_lost or self.next_start_at > now + AHEAD_S:
+        """How many more jobs to claim: those to start within `AHEAD_S`, at least one a place; 0 when well supplied.
+
+        Of a host that rests none, but as many as a turn has when they share what the last one met.
+        """
+        if self.is_dry or self.is_ending or self.is_lost:
             return 0
+        if self.next_start_at > now + AHEAD_S:
+            return 0 if self.failure_to_share(now) is None else TURN_JOBS_MAX - len(self.waiting)
         ahead = self._expected_starts(now)
         have = len(self.waiting)
         return 0 if have > ahead // 2 else ahead - have
+
+    def failure_to_share(self, now: float) -> Failure | None:
+        """Return what the jobs that wait here have met without a try of their own, while the host rests."""
+        return self.shared_failure if self.next_start_at > now + AHEAD_S else None
 
     def is_turn_over(self, now: float) -> bool:
         """Whether the host had its share for now."""
@@ -87,6 +99,7 @@ class Hold:
     def note_start(self, now: float) -> None:
         """Account for a fetch that starts now."""
         self.started_count += 1
+        self.shared_failure = None
         self.next_start_at = max(self.next_start_at, now + self.delay_s)
 
     def note_back_off(self, now: float, delay_s: float) -> None:

@@ -341,7 +341,8 @@ class Pool:
         """Put back what will not start here soon: at hosts that rest, at the end, and what was cut off."""
         now = time.monotonic()
         for hold in self._holds.values():
-            if hold.next_start_at > now + GIVE_BACK_WAIT_S and (hold.waiting or hold.is_idle):
+            rests_long = hold.next_start_at > now + GIVE_BACK_WAIT_S and hold.failure_to_share(now) is None
+            if rests_long and (hold.waiting or hold.is_idle):
                 self._slots.return_waiting(hold)
                 hold.is_ending = True
         if returned := list(self._slots.returned):

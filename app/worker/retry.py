@@ -16,6 +16,8 @@ BACK_OFF_FIRST_S = 1.0
 BACK_OFF_MAX_S = 60.0
 BACK_OFF_STATUSES = frozenset({429, 503})
 BACK_OFF_CODES = frozenset({FailureCode.CONNECT_REFUSED, FailureCode.CONNECT_TIMEOUT, FailureCode.CONNECT_UNREACHABLE})
+UNREACHABLE_BACK_OFFS = 7
+"""So many in a row, which take over a minute, and nobody has to find out anew that a host cannot be connected to."""
 
 
 class Verdict(Struct, frozen=True, gc=False, kw_only=True):
@@ -44,16 +46,30 @@ def decide(
 
 
 def back_off_s(outcome: Outcome, *, back_offs: int) -> float | None:
-    """Seconds to leave the whole host alone, `None` when it need not be; `back_offs` are those before, in a row."""
+    """Seconds to leave the whole host alone, `None` when it need not be; `back_offs` are those before, in a row.
+
+    A host that only redirects to one that cannot be connected to is not left alone.
+    """
     if isinstance(outcome, Response):
         if outcome.status not in BACK_OFF_STATUSES:
             return None
         asked_s = retry_after_s(outcome)
-    elif outcome.code in BACK_OFF_CODES:
+    elif outcome.code in BACK_OFF_CODES and not outcome.evidence.redirects:
         asked_s = None
     else:
         return None
     return asked_s if asked_s is not None else min(BACK_OFF_MAX_S, BACK_OFF_FIRST_S * 2.0 ** min(back_offs, 10))
+
+
+def shared_failure(outcome: Outcome, *, back_offs: int) -> Failure | None:
+    """Make of what a host was backed off for, `back_offs` times in a row, what its other jobs may be told.
+
+    `None` while each has to try for itself: until it is certain enough that none can connect.
+    """
+    if isinstance(outcome, Response) or back_offs < UNREACHABLE_BACK_OFFS:
+        return None
+    detail = f"Not tried for itself: {back_offs} tries in a row got nowhere at this host, the last one just now. "
+    return Failure(code=outcome.code, detail=detail + outcome.detail)
 
 
 def retry_after_s(response: Response) -> float | None:

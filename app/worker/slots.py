@@ -16,13 +16,15 @@ from app.fetch.transport import Transport
 from app.jobs.ids import shard_of_host
 from app.jobs.leases import BackOff
 from app.jobs.values import ClaimedJob, Result, Returned
-from app.outcome import FailureCode, Outcome, Response
+from app.outcome import Failure, FailureCode, Outcome, Response
 from app.worker import attempt, options, retry
 from app.worker.holds import Hold, Holds, Places, Seat
 from app.worker.options import SharedOptions
 from app.worker.recorder import Recorder
 
 BATCH_OPTIONS_MAX = 1_000
+SHARED_EARLY_S = 1.0
+"""Jobs that shared a failure are due this long before the host's next try, so as not to miss what that one meets."""
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +196,9 @@ class Slots:
         now = time.monotonic()
         if not hold.waiting or hold.is_lost or now >= hold.stops_at:
             return False
+        if (failure := hold.failure_to_share(now)) is not None:
+            self._share(hold, failure, delay_s=hold.rest_s(now) - SHARED_EARLY_S)
+            return False
         if hold.next_start_at > now:
             hold.is_ready = True  # by the timer, and no other way before
             self._loop.call_later(hold.next_start_at - now, self._resume, hold)
@@ -210,6 +215,19 @@ class Slots:
             return False
         self._start_job(hold, now)
         return True
+
+    def _share(self, hold: Hold, failure: Failure, *, delay_s: float) -> None:
+        """End an attempt of each job that waits at a host as the last one there ended; none is started."""
+        for job in self._drop_waiting(hold):
+            if job.accused:
+                self._offer(hold, attempt.poisoned(job))
+            elif (batch := self._options.get(job.batch_id)) is not None:
+                self._offer(hold, attempt.shared(job, options.for_job(job, batch), failure, delay_s=delay_s))
+            else:
+                hold.waiting.append(job)
+                self.waiting_count += 1
+                self.unknown.add(job.batch_id)
+        self._wake()
 
     def _convict_or_await(self, hold: Hold) -> bool:
         if not hold.waiting[0].accused:
@@ -285,6 +303,7 @@ class Slots:
         delay_s = retry.back_off_s(outcome, back_offs=hold.back_offs)
         if delay_s is not None and started_at >= hold.backed_off_at:
             hold.note_back_off(time.monotonic(), delay_s)
+            hold.shared_failure = retry.shared_failure(outcome, back_offs=hold.back_offs)
             self._recorder.add_back_off(BackOff(lease=hold.lease, delay_s=delay_s, count=hold.back_offs))
         elif isinstance(outcome, Response) and delay_s is None and hold.back_offs and started_at >= hold.backed_off_at:
             hold.back_offs = 0

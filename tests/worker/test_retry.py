@@ -5,7 +5,7 @@ from email.utils import format_datetime
 
 import pytest
 
-from app.outcome import RETRYABLE, Failure, FailureCode, Outcome, Response
+from app.outcome import RETRYABLE, Evidence, Failure, FailureCode, Hop, Outcome, Response
 from app.worker import retry
 from app.worker.options import accepted
 
@@ -101,3 +101,20 @@ def test_a_busy_host_is_left_alone_longer_each_time() -> None:
 
 def test_accepted_statuses_are_single_ranged_or_by_the_hundred() -> None:
     assert accepted(("2xx", "404", "500-502")) == frozenset({*range(200, 300), 404, 500, 501, 502})
+
+
+def test_a_redirect_to_a_dead_host_leaves_the_host_it_is_from_in_peace() -> None:
+    redirected = Evidence(redirects=(Hop("http://h/", 302),))
+    failure = Failure(code=FailureCode.CONNECT_REFUSED, detail="Refused.", evidence=redirected)
+    assert retry.back_off_s(failure, back_offs=3) is None
+
+
+def test_a_failure_is_shared_once_a_host_was_not_to_be_connected_to_for_a_minute() -> None:
+    refused = Failure(code=FailureCode.CONNECT_REFUSED, detail="Refused.", evidence=Evidence(remote_address="::1"))
+    count = next(count for count in range(100) if retry.shared_failure(refused, back_offs=count))
+    assert 60 < sum(retry.back_off_s(refused, back_offs=number) or 0 for number in range(count - 1)) < 120
+    shared = retry.shared_failure(refused, back_offs=count)
+    assert shared is not None
+    assert (shared.code, shared.evidence, shared.sent) == (refused.code, Evidence(), False)
+    assert shared.detail.endswith("Refused.")
+    assert retry.shared_failure(response(503), back_offs=100) is None

@@ -1,5 +1,6 @@
 """What the slots decide about jobs whose host is lost, and about suspects."""
 
+import time
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -11,12 +12,15 @@ from msgspec import structs
 from app.fetch.resolver import Resolver
 from app.fetch.transport import Transport
 from app.jobs.database import Sessions
-from app.jobs.values import ClaimedJob, Lease, Returned
+from app.jobs.values import ClaimedJob, Lease, Result, Returned
+from app.outcome import Failure, FailureCode
 from app.worker.holds import Hold
 from app.worker.recorder import Recorder
 from app.worker.slots import Slots
 from tests.fetch.servers import LIMITS, LOOPBACK
 from tests.worker.test_options import claimed
+
+REFUSED = Failure(code=FailureCode.CONNECT_REFUSED, detail="Refused.")
 
 
 @pytest.fixture
@@ -83,6 +87,28 @@ async def test_a_suspect_whose_options_were_forgotten_waits_for_them_again(
     assert slots.next_suspect() is None
     slots.start_ready()
     assert slots.unknown == {suspect.batch_id}
+
+
+async def test_what_a_try_met_is_shared_by_all_but_the_convicted_and_those_of_unknown_options(
+    slots: Slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered: list[Result] = []
+    monkeypatch.setattr(slots._recorder, "add", offered.append)
+    hold = hold_of("a.test")
+    hold.next_start_at, hold.shared_failure = time.monotonic() + 60.0, REFUSED
+    known, unknown = claimed(), claimed()
+    suspect = structs.replace(claimed(), crashes=2, batch_id=known.batch_id)
+    convicted = structs.replace(suspect, id=uuid4(), accused=True)
+    slots.learn_options({known.batch_id: {"max_attempts": 2}})
+    slots.supply(hold, [unknown, known, suspect, convicted])
+    slots.start_ready()
+    assert [(result.job, result.status, result.error) for result in offered] == [
+        (known, "queued", "connect_refused"),
+        (suspect, "queued", "connect_refused"),
+        (convicted, "failed", "poisoned"),
+    ]
+    assert 55.0 < offered[0].delay_s < 60.0
+    assert (list(hold.waiting), slots.waiting_count, slots.unknown) == ([unknown], 1, {unknown.batch_id})
 
 
 async def _await_suspect(slots: Slots) -> tuple[Hold, ClaimedJob]:

@@ -1,0 +1,90 @@
+"""Many jobs of a host that cannot be connected to: what a try has met applies to all that are due."""
+
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from app.fetch.http import fetch
+from app.outcome import Outcome
+from app.worker import attempt, retry
+from tests.waiting import until
+from tests.web import Answer, Site, serving
+from tests.worker.conftest import Service
+
+REST_S = 3.0
+"""Longer than jobs wait in a worker for a host that rests."""
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first failure tells enough, and the host rests long."""
+    monkeypatch.setattr(retry, "UNREACHABLE_BACK_OFFS", 1)
+    monkeypatch.setattr(retry, "BACK_OFF_FIRST_S", REST_S)
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The URLs that were fetched, or for which this was tried."""
+    urls: list[str] = []
+
+    async def note(request: Any, **others: Any) -> Outcome:
+        urls.append(request.url)
+        return await fetch(request, **others)
+
+    monkeypatch.setattr(attempt, "fetch", note)
+    return urls
+
+
+@pytest.fixture
+async def gone() -> Site:
+    """A site that is no longer there."""
+    async with serving() as site:
+        pass
+    return site
+
+
+async def test_each_try_at_a_dead_host_counts_for_all_its_jobs(service: Service, gone: Site, tried: list[str]) -> None:
+    async with service.worker(host_concurrency=4):
+        batch_id = await service.submit(*(gone.url(f"/{number}") for number in range(300)), max_attempts=2)
+        batch = await service.finished(batch_id)
+    assert (batch.counts.failed, batch.errors) == (300, {"connect_refused": 300})
+    assert len(tried) == 5  # as many as a host may have at once, and after its rest one
+    jobs = await service.jobs(batch_id)
+    assert {job.attempts for job in jobs} == {2}
+    untried = next(job for job in jobs if job.url not in tried)
+    detail = await service.job(untried.id)
+    assert (detail.error_detail or "").startswith("Not tried for itself: 2 tries in a row got nowhere at this host")
+    assert [attempt.error for attempt in detail.attempts_made] == ["connect_refused", "connect_refused"]
+
+
+async def test_a_host_that_comes_back_gets_all_its_jobs(service: Service, gone: Site, tried: list[str]) -> None:
+    async with service.worker(host_concurrency=4):
+        batch_id = await service.submit(*(gone.url(f"/{number}") for number in range(50)))
+        await until(lambda: _all_wait(service, batch_id))
+        assert len(tried) == 4
+        async with serving(port=gone.port) as site:
+            assert (await service.finished(batch_id)).counts.succeeded == 50
+            assert sum(site.hits.values()) == 50
+
+
+async def _all_wait(service: Service, batch_id: UUID) -> bool:
+    jobs = await service.jobs(batch_id)
+    return all((job.status, job.attempts) == ("queued", 1) for job in jobs)
+
+
+async def test_a_redirect_to_a_dead_host_says_nothing_of_the_host_it_is_from(service: Service, gone: Site) -> None:
+    def answer(path: str) -> Answer:
+        return 302, {"Location": gone.url(path, address="127.0.0.2")}, b""
+
+    async with serving(answer) as site, service.worker(host_concurrency=4):
+        batch_id = await service.submit(*(site.url(f"/{number}") for number in range(20)), max_attempts=1)
+        assert (await service.finished(batch_id)).errors == {"connect_refused": 20}
+        assert sum(site.hits.values()) == 20
+
+
+async def test_each_job_of_a_busy_host_is_sent(service: Service) -> None:
+    async with serving(lambda _: (503, {"Retry-After": "0"}, b"")) as site, service.worker(host_concurrency=4):
+        batch_id = await service.submit(*(site.url(f"/{number}") for number in range(20)), max_attempts=1)
+        assert (await service.finished(batch_id)).http_statuses == {"503": 20}
+        assert sum(site.hits.values()) == 20
