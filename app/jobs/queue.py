@@ -308,7 +308,8 @@ async def claim(
         for row in rows
         if not row.is_resting
     }
-    jobs = await _take(session, [(lease, jobs_per_host) for lease in offered.values()], jobs_max=jobs_max)
+    wanted = [(lease, lease.first_jobs(jobs_per_host)) for lease in offered.values()]
+    jobs = await _take(session, wanted, jobs_max=jobs_max)
     await _count(session, rescued, taken=jobs)
     claimed: dict[Lease, list[ClaimedJob]] = defaultdict(list)
     for job in jobs:

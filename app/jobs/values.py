@@ -107,6 +107,10 @@ class Lease:
     number: int
     back_offs: int = 0
 
+    def first_jobs(self, most: int) -> int:
+        """Jobs to claim together with it: those that can start at once, one where the host is backed off."""
+        return 1 if self.back_offs else most
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lost:

@@ -62,9 +62,13 @@ class Hold:
         """Nothing waits, runs or is still to be stored: the host may be released."""
         return not self.waiting and not self.running and not self.unrecorded
 
-    def demand(self) -> int:
-        """Slots this host can fill now."""
-        return min(self.concurrency, len(self.waiting) + len(self.running))
+    def demand(self, now: float) -> int:
+        """Slots this host fills, and those it can fill now."""
+        running = len(self.running)
+        if self.next_start_at > now:
+            return running
+        most = 1 if self.back_offs else running + 1 if self.delay_s else self.concurrency
+        return max(running, min(most, running + len(self.waiting)))
 
     def wanted(self, now: float) -> int:
         """How many more jobs to claim: those to start within `AHEAD_S`, at least one a place; 0 when well supplied.
@@ -109,6 +113,8 @@ class Hold:
         self.back_offs += 1
 
     def _expected_starts(self, now: float) -> int:
+        if self.back_offs:
+            return 1
         if self.delay_s > 0:
             return max(1, int(AHEAD_S / self.delay_s))
         rate = self.ended_count / max(now - self.began_at, RATE_OVER_S)

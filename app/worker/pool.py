@@ -217,8 +217,10 @@ class Pool:
         return not (self._recorder.is_full or self._slots.is_reserved)
 
     def _room(self) -> int:
-        """Slots that the held hosts cannot fill."""
-        return self._settings.slots - sum(hold.demand() for hold in self._holds.values())
+        """Jobs that may be claimed at other hosts: for the slots that those held cannot fill."""
+        now = time.monotonic()
+        free = self._settings.slots - sum(hold.demand(now) for hold in self._holds.values())
+        return min(free, self._settings.slots + self._refill_room())
 
     def _refill_room(self) -> int:
         """Jobs that may be claimed ahead at held hosts; other hosts find their room all the same."""
@@ -245,7 +247,7 @@ class Pool:
         was_cut = sum(len(jobs) for jobs in claimed.values()) >= room
         for lease, jobs in claimed.items():
             hold = self._keeper.hold(lease, now, concurrency=settings.host_concurrency, delay_s=settings.host_delay_s)
-            hold.is_dry = _found_all(jobs, wanted=self._first_of_each) and not was_cut
+            hold.is_dry = _found_all(jobs, wanted=lease.first_jobs(self._first_of_each)) and not was_cut
             self._slots.supply(hold, jobs)
 
     def _shortest_pause_s(self, *, is_beaten: bool) -> float:

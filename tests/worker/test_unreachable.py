@@ -1,5 +1,6 @@
 """Many jobs of a host that cannot be connected to: what a try has met applies to all that are due."""
 
+import asyncio
 from typing import Any
 from uuid import UUID
 
@@ -88,3 +89,33 @@ async def test_each_job_of_a_busy_host_is_sent(service: Service) -> None:
         batch_id = await service.submit(*(site.url(f"/{number}") for number in range(20)), max_attempts=1)
         assert (await service.finished(batch_id)).http_statuses == {"503": 20}
         assert sum(site.hits.values()) == 20
+
+
+async def test_hosts_that_rest_leave_their_slots_to_others(
+    service: Service, gone: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "BACK_OFF_FIRST_S", 1.5)
+    monkeypatch.setattr(retry, "BACK_OFF_MAX_S", 1.5)  # so that they are kept
+    monkeypatch.setattr(retry, "UNREACHABLE_BACK_OFFS", 100)
+    addresses = [f"127.0.1.{number + 1}" for number in range(20)]
+    urls = [gone.url(f"/{number}", address=address) for number in range(8) for address in addresses]
+    async with serving() as site, service.worker(slots=8, host_concurrency=4):
+        dead = await service.submit(*urls, max_attempts=10)
+        live = await service.submit(site.url("/"))
+        assert (await service.finished(live)).counts.succeeded == 1  # two hosts at a time, it took 40 s
+        assert (await service.read(dead)).counts.failed == 0
+
+
+async def test_a_worker_has_at_most_five_jobs_for_each_slot_though_all_hosts_rest(
+    service: Service, gone: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "BACK_OFF_FIRST_S", 1.5)
+    monkeypatch.setattr(retry, "UNREACHABLE_BACK_OFFS", 100)
+    urls = [gone.url(f"/{number}", address=f"127.0.1.{number % 50 + 1}") for number in range(400)]
+    async with service.worker(slots=4, host_concurrency=4) as pool:
+        await service.submit(*urls, max_attempts=10)
+        most = 0
+        for _ in range(200):
+            most = max(most, pool._slots.running_count + pool._slots.waiting_count)
+            await asyncio.sleep(0.005)
+        assert 4 < most <= 20
