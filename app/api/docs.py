@@ -15,7 +15,7 @@ from starlette.staticfiles import StaticFiles
 
 from app.api.context import Context
 from app.api.problems import ProblemView
-from app.api.schemas import BATCH_ID_EXAMPLE, JOB_ID_EXAMPLE, BatchRequest, ResultView
+from app.api.schemas import BATCH_ID_EXAMPLE, JOB_ID_EXAMPLE, BatchRequest, Bounds, ResultView
 from app.jobs import reads
 from app.jobs.database import DATABASE_ERRORS, is_passing
 from app.outcome import MEANINGS, RETRYABLE, RETRYABLE_STATUSES, FailureCode
@@ -44,7 +44,7 @@ politely and safely, and you **poll** the batch, or stream its results.
 3. `GET .../results` streams every result, `GET .../jobs` pages through them, `GET /v1/jobs/{id}/body` has the bytes.
 
 Errors are `application/problem+json` (RFC 9457) with a stable `code`; ids are UUIDs, times are UTC. A job fails with
-one of a closed set of codes; this is what each means, and whether another try may cure it.
+one of a closed set of codes; below is what each means, and whether another try may cure it.
 """
 
 TAGS = [
@@ -75,13 +75,14 @@ def describe(app: FastAPI) -> dict[str, Any]:
         document = get_openapi(
             title=app.title,
             version=app.version,
-            description=f"{DESCRIPTION}\n{_vocabulary()}\n",
+            description=f"{DESCRIPTION}\n<details><summary>Failure codes</summary>\n\n{_vocabulary()}\n\n</details>\n",
             routes=app.routes,
             tags=TAGS,
         )
         components = document["components"]
         components["schemas"] = {**components["schemas"], **_further_schemas()}
         components["schemas"]["FailureCode"]["description"] = _vocabulary()
+        _tell_bounds(components["schemas"], context.intake.bounds)
         if not context.is_open:
             components["securitySchemes"] = {TOKEN_SCHEME: {"type": "http", "scheme": "bearer"}}
             document["security"] = [{TOKEN_SCHEME: []}]
@@ -97,6 +98,18 @@ def _further_schemas() -> dict[str, Any]:
     )
     found: dict[str, Any] = schemas["$defs"]
     return found
+
+
+def _tell_bounds(schemas: dict[str, Any], bounds: Bounds) -> None:
+    """Describe what the operator has set, in words only: generated clients would send or insist on what is declared."""
+    entries = f" At most {bounds.batch_jobs_max}, in a request of {bounds.request_bytes_max} bytes."
+    for name in ("urls", "jobs"):
+        schemas["BatchRequest"]["properties"][name]["description"] += entries
+    for name, described in schemas["BatchOptions"]["properties"].items():
+        if (default := getattr(bounds, name, None)) is not None:
+            most = bounds.timeout_s_max if name.endswith("timeout_s") else default
+            told = "Default, and the most: " if most == default else f"At most {most:.12g}, default: "
+            described["description"] += f" {told}{default:.12g}."
 
 
 def _vocabulary() -> str:

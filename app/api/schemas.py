@@ -37,10 +37,13 @@ SHA256_EXAMPLE = "3587cb776ce0e4e8237f215800b7dffba0f25865cb84550e87ea8bbac838c4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """What the operator lets one request ask for."""
+    """What the operator lets one request ask for, and how long fetches take that are not told."""
 
     request_bytes_max: int
     batch_jobs_max: int
+    timeout_s: float
+    connect_timeout_s: float
+    read_timeout_s: float
     timeout_s_max: float
     wire_bytes_max: int
     body_bytes_max: int

@@ -21,6 +21,9 @@ from tests.jobs.actors import Worker
 BOUNDS = Bounds(
     request_bytes_max=16 * 2**20,
     batch_jobs_max=100_000,
+    timeout_s=30.0,
+    connect_timeout_s=10.0,
+    read_timeout_s=20.0,
     timeout_s_max=300.0,
     wire_bytes_max=2**24,
     body_bytes_max=2**24,

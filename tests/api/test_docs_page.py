@@ -9,6 +9,7 @@ from uuid import UUID
 import pytest
 
 from app.api.docs import STATIC
+from app.outcome import FailureCode
 from tests.api import browser
 from tests.api.browser import Browser
 from tests.api.conftest import AppMaker, served
@@ -111,6 +112,17 @@ def read_reference(window: Browser, url: str) -> None:
     window.open(url)
     window.wait_for("return document.body.innerText.includes('Submit a batch of URLs');")
     window.wait_for("return document.querySelector('[role=search] input');")
+
+
+@pytest.mark.parametrize("page", ["docs", "redoc"])
+async def test_the_failure_codes_are_a_table_that_unfolds(window: Browser, make_app: AppMaker, page: str) -> None:
+    async with served(make_app()) as url:
+        await asyncio.to_thread(window.open, f"{url}/{page}")
+        await asyncio.to_thread(window.wait_for, "return document.querySelector('details table');")
+        rows = "return document.querySelector('details table').innerText.trim().split('\\n').length;"
+        await asyncio.to_thread(window.run, "document.querySelector('details').open = true;")
+        shown = await asyncio.to_thread(window.run, rows)
+    assert shown == 1 + len(FailureCode)
 
 
 async def test_a_request_to_another_host_would_be_seen(window: Browser, make_app: AppMaker) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -9,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 
 from app.outcome import FailureCode
-from tests.api.conftest import AppMaker, calling
+from tests.api.conftest import BOUNDS, AppMaker, calling
 from tests.api.test_read import finish
 from tests.jobs.actors import Client as Reader
 from tests.jobs.actors import Worker
@@ -110,3 +111,12 @@ async def test_the_page_asks_for_a_token_only_where_there_is_one(document: dict[
 
 async def test_the_first_page_lists_the_failure_codes(document: dict[str, Any]) -> None:
     assert [code for code in FailureCode if f"`{code}`" not in document["info"]["description"]] == []
+
+
+async def test_options_tell_what_the_operator_has_set(make_app: AppMaker) -> None:
+    bounds = replace(BOUNDS, timeout_s=12.5, timeout_s_max=99.0, body_bytes_max=12_345_678, batch_jobs_max=777)
+    schemas = make_app(bounds=bounds).openapi()["components"]["schemas"]
+    options = schemas["BatchOptions"]["properties"]
+    assert options["timeout_s"]["description"].endswith(" At most 99, default: 12.5.")
+    assert options["body_bytes_max"]["description"].endswith(" Default, and the most: 12345678.")
+    assert "At most 777, " in schemas["BatchRequest"]["properties"]["urls"]["description"]
