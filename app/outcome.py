@@ -199,11 +199,15 @@ class Failure(Struct, frozen=True, gc=False, kw_only=True):
     """No usable response: a code, one sentence for the client, and what was seen up to there.
 
     `sent` says whether any byte of the request may have reached a server: an unsafe method is then not retried.
+    `status`, `headers` and `final_url` are those of a response whose head came, as in `Response`.
     """
 
     code: FailureCode
     detail: str
     sent: bool = False
+    status: int | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+    final_url: str | None = None
     evidence: Evidence = Evidence()
 
 

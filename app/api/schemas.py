@@ -309,7 +309,9 @@ class JobView(View):
     )
     error: FailureCode | None = Field(description="Why it failed, or why its last attempt did.", examples=[None])
     error_detail: str | None = Field(examples=[None])
-    http_status: int | None = Field(examples=[200])
+    http_status: int | None = Field(
+        description="Status of the final response, also where the job failed in its body.", examples=[200]
+    )
     final_url: str | None = Field(description="Where the redirects ended.", examples=["https://example.com/"])
     content_type: str | None = Field(examples=["text/html"])
     body_sha256: str | None = Field(examples=[SHA256_EXAMPLE])

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from urllib.parse import quote
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from app.fetch.decoding import ACCEPT_ENCODING, codings, decode
 from app.fetch.limits import Failed, Limits
@@ -116,6 +116,7 @@ async def _follow_redirects(
 
 async def _send(step: Step, limits: Limits, transport: Transport, *, trace: Trace) -> Answer:
     """Send one request and wait for the head of its answer."""
+    trace.url = step.target.url
     fields = _fields(step, transport.user_agent)
     request = Request(step.method, step.target, fields=fields, content=step.body or b"", limits=limits, trace=trace)
     return await transport.handle_async_request(request)
@@ -229,5 +230,7 @@ def _values(headers: Headers, wanted: str) -> list[str]:
 def _failure(code: FailureCode, detail: str, trace: Trace) -> Failure:
     if code in BLOCKED:
         return Failure(code=code, detail=detail, sent=trace.sent, evidence=Evidence(redirects=tuple(trace.redirects)))
-    evidence = trace.evidence(now=time.monotonic())
-    return Failure(code=code, detail=detail, sent=trace.sent, evidence=evidence)
+    failure = Failure(code=code, detail=detail, sent=trace.sent, evidence=trace.evidence(now=time.monotonic()))
+    if (head := trace.head) is None:
+        return failure
+    return structs.replace(failure, status=head.status, headers=head.fields, final_url=trace.url)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from app.fetch.connection import Connection
 from app.fetch.exchange import Exchange
+from app.fetch.head import Head
 from app.outcome import Evidence, Hop
 
 
@@ -17,6 +18,7 @@ class Trace:
 
     started_at: float
     sent: bool = False
+    url: str | None = None
     redirects: list[Hop] = field(default_factory=list)
     dns_ms: float | None = None
     connection: Connection | None = None
@@ -33,6 +35,11 @@ class Trace:
         """Start the steps of a hop anew."""
         self.dns_ms = self.connection = self.exchange = None
         self.reused = False
+
+    @property
+    def head(self) -> Head | None:
+        """What the current hop was answered with, if that has come."""
+        return self.exchange.head if self.exchange is not None else None
 
     def evidence(self, *, now: float) -> Evidence:
         """Put down what is known, as of `now`."""

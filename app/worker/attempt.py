@@ -115,7 +115,7 @@ def _assemble(job: ClaimedJob, outcome: Outcome, verdict: retry.Verdict, *, cont
         delay_s=verdict.delay_s,
         error=verdict.code,
         error_detail=verdict.detail,
-        http_status=outcome.status if isinstance(outcome, Response) else None,
+        http_status=outcome.status,
         evidence=_evidence_json(job, outcome),
         body=body,
         body_sha256=None if content is None else hashlib.sha256(content).digest(),
@@ -128,9 +128,9 @@ def _assemble(job: ClaimedJob, outcome: Outcome, verdict: retry.Verdict, *, cont
 def _evidence_json(job: ClaimedJob, outcome: Outcome) -> str:
     """JSON that PostgreSQL takes: without what is not known, is empty or the job's own, and the NUL it refuses."""
     stored = json.encode(outcome.evidence)
-    if isinstance(outcome, Response):
+    if outcome.status is not None:
         more: dict[str, Any] = {"headers": outcome.headers}
-        if outcome.flags:
+        if isinstance(outcome, Response) and outcome.flags:
             more["flags"] = outcome.flags
         if outcome.final_url != job.url:
             more["final_url"] = outcome.final_url

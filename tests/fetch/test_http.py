@@ -216,6 +216,19 @@ async def test_a_broken_answer_is_told_by_its_cause(answer: bytes, code: str) ->
     assert outcome.sent
 
 
+async def test_what_fails_in_the_body_keeps_the_head_and_where_it_is_from() -> None:
+    outcome, server = await fetch_over({"/": redirect("/x"), "/x": page(b"hello", "Content-Encoding: gzip")})
+    failure = failed(outcome)
+    assert (failure.code, failure.status, failure.final_url) == (FailureCode.DECODE_ERROR, 200, server.url("/x"))
+    assert ("Content-Encoding", "gzip") in failure.headers
+
+
+async def test_a_redirect_is_not_the_head_of_what_failed_after_it() -> None:
+    outcome, _ = await fetch_over({"/": redirect("/none"), "/none": b"no HTTP"})
+    failure = failed(outcome)
+    assert (failure.code, failure.status, failure.headers) == (FailureCode.PROTOCOL_ERROR, None, ())
+
+
 async def test_spaces_after_a_chunk_size_are_borne() -> None:
     answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n5  \r\nhello\r\n0\r\nX-Trailer: a\r\n\r\n"
     response = ok(await fetch_from(answering(answer)))

@@ -97,6 +97,17 @@ async def test_a_job_fails_when_its_attempts_are_used_up(service: Service) -> No
         assert ["X-Why", "no"] in (detail.response_headers or [])
 
 
+async def test_a_job_that_fails_in_the_body_shows_status_and_headers(service: Service) -> None:
+    async with serving(lambda _: (203, {"X-Why": "no"}, b"too much")) as site, service.worker():
+        batch_id = await service.submit(site.url("/"), wire_bytes_max=3)
+        batch = await service.finished(batch_id)
+        assert (batch.errors, batch.http_statuses) == ({"body_too_large": 1}, {"203": 1})
+        [job] = await service.jobs(batch_id)
+        detail = await service.job(job.id)
+        assert (detail.http_status, detail.final_url, detail.body_sha256) == (203, site.url("/"), None)
+        assert ["X-Why", "no"] in (detail.response_headers or [])
+
+
 async def test_a_busy_host_is_left_alone_as_long_as_it_asks(service: Service) -> None:
     seen: list[float] = []
 
