@@ -21,7 +21,8 @@ OLDEST_UNFINISHED = "(SELECT id FROM batch WHERE finished_at IS NULL ORDER BY id
 
 # Something runs on a host that nobody leases when the commit of a refill was not confirmed: its worker never knew.
 LOCK_DUE_HOSTS = text(f"""
-    SELECT shard, host, lease, back_offs, not_before > now() AS is_resting, owner IS NOT NULL AS was_leased,
+    SELECT shard, host, lease, back_offs, connect_failures, not_before > now() AS is_resting,
+        owner IS NOT NULL AS was_leased,
         owner IS NOT NULL OR EXISTS (
             SELECT 1 FROM job WHERE job.status = 'running' AND job.shard = host.shard AND job.host = host.host
                 AND job.batch_id >= {OLDEST_UNFINISHED}
@@ -158,14 +159,16 @@ async def renew(session: AsyncSession, owner: UUID, leases: Sequence[Lease], *, 
 
 BACK_OFF = text("""
     WITH held AS MATERIALIZED (
-        SELECT host.shard, host.host, b.delay_s, b.back_offs FROM host
+        SELECT host.shard, host.host, b.delay_s, b.back_offs, b.connect_failures FROM host
         JOIN unnest(CAST(:shards AS smallint[]), CAST(:hosts AS text[]), CAST(:leases AS bigint[]),
-            CAST(:delays_s AS float8[]), CAST(:back_offs AS int[])) AS b(shard, host, lease, delay_s, back_offs)
+            CAST(:delays_s AS float8[]), CAST(:back_offs AS int[]), CAST(:connect_failures AS int[]))
+            AS b(shard, host, lease, delay_s, back_offs, connect_failures)
         ON host.shard = b.shard AND host.host = b.host AND host.lease = b.lease
         WHERE host.owner IS NOT NULL
         ORDER BY host.shard, host.host FOR UPDATE OF host
     )
-    UPDATE host SET back_offs = held.back_offs, not_before = CASE WHEN held.back_offs = 0 THEN '-infinity'
+    UPDATE host SET back_offs = held.back_offs, connect_failures = held.connect_failures,
+        not_before = CASE WHEN held.back_offs = 0 THEN '-infinity'
         ELSE greatest(host.not_before, now() + make_interval(secs => held.delay_s)) END
     FROM held WHERE host.shard = held.shard AND host.host = held.host
 """)
@@ -173,11 +176,15 @@ BACK_OFF = text("""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackOff:
-    """Leave a host alone for `delay_s` seconds, for every batch; `count` 0 ends the back-off instead."""
+    """Leave a host alone for `delay_s` seconds, for every batch; `count` 0 ends the back-off instead.
+
+    The counts are those of the next `Lease`.
+    """
 
     lease: Lease
     delay_s: float
     count: int
+    connect_failures: int = 0
 
 
 async def back_off(session: AsyncSession, back_offs: Sequence[BackOff]) -> None:
@@ -188,6 +195,7 @@ async def back_off(session: AsyncSession, back_offs: Sequence[BackOff]) -> None:
             **_lease_arrays([back_off.lease for back_off in back_offs]),
             "delays_s": [back_off.delay_s for back_off in back_offs],
             "back_offs": [back_off.count for back_off in back_offs],
+            "connect_failures": [back_off.connect_failures for back_off in back_offs],
         },
     )
 

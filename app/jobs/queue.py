@@ -304,7 +304,13 @@ async def claim(
     lost = [Lost(shard=row.shard, host=row.host, was_leased=row.was_leased) for row in rows if row.was_lost]
     rescued = await _rescue(session, lost, lease_s=lease_s)
     offered = {
-        (row.shard, row.host): Lease(shard=row.shard, host=row.host, number=row.lease + 1, back_offs=row.back_offs)
+        (row.shard, row.host): Lease(
+            shard=row.shard,
+            host=row.host,
+            number=row.lease + 1,
+            back_offs=row.back_offs,
+            connect_failures=row.connect_failures,
+        )
         for row in rows
         if not row.is_resting
     }

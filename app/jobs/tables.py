@@ -93,7 +93,9 @@ host = Table(
     _time("not_before", nullable=False, default="'-infinity'"),
     Column("lease", BigInteger, nullable=False, server_default=text("0")),
     Column("owner", Uuid),
+    # in a row; of those, the latest in a row that failed to connect
     _count("back_offs"),
+    _count("connect_failures"),
     PrimaryKeyConstraint("shard", "host"),
     CheckConstraint("owner IS NULL OR next_at < 'infinity'", name="leased_ends"),
     # leases and workers.beat_and_look: hosts that are due, the longest waiting first, and when the next one is

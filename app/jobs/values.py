@@ -100,12 +100,16 @@ class ClaimedJob(Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """The exclusive right to talk to a host; `number` is new at every claim, `back_offs` counts those in a row."""
+    """The exclusive right to talk to a host; `number` is new at every claim.
+
+    `back_offs` counts those in a row, `connect_failures` the latest of them in a row that were failures to connect.
+    """
 
     shard: int
     host: str
     number: int
     back_offs: int = 0
+    connect_failures: int = 0
 
     def first_jobs(self, most: int) -> int:
         """Jobs to claim together with it: those that can start at once, one where the host is backed off."""

@@ -5,15 +5,21 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from app.jobs.leases import BackOff
 from app.jobs.values import ClaimedJob, Lease
-from app.outcome import Failure
+from app.worker.retry import SharedFailure
 
 TURN_S = 5.0
 TURN_JOBS_MAX = 200
 """While other hosts are due, a host is given back after this long or this many jobs."""
 
 AHEAD_S = 2.0
-"""A host's jobs are claimed this far ahead of their start, by the host's recent rate."""
+"""A host's jobs are claimed this far ahead of their start, by the host's recent rate; one that rests longer is given
+back, with the jobs that wait for it."""
+
+SHARED_EARLY_S = AHEAD_S / 2
+"""Jobs that shared a failure are due this long before the host's next try, so as not to miss what that one meets; by
+then nothing is shared any more."""
 
 RATE_OVER_S = 0.2
 """Shortest time over which a host's rate is judged, so that a first few quick answers promise nothing."""
@@ -25,7 +31,7 @@ class Hold:
 
     At `stops_at`, a moment before an unrenewed lease ends, nothing starts any more and what runs is cancelled.
     `unrecorded` counts results not yet stored: releasing the host before them would have their jobs rescued.
-    `shared_failure` is what the last try met, where it applies to all jobs that are due until the next one.
+    `shared_failure` is what the last try met, where it applies to other jobs that are due before the next one.
     """
 
     lease: Lease
@@ -41,7 +47,8 @@ class Hold:
     next_start_at: float = 0.0
     backed_off_at: float = 0.0
     back_offs: int = 0
-    shared_failure: Failure | None = None
+    connect_failures: int = 0
+    shared_failure: SharedFailure | None = None
     is_dry: bool = False
     is_ready: bool = False
     is_ending: bool = False
@@ -63,33 +70,44 @@ class Hold:
         return not self.waiting and not self.running and not self.unrecorded
 
     def demand(self, now: float) -> int:
-        """Slots this host fills, and those it can fill now."""
+        """Slots in which this host's jobs run or may start now."""
         running = len(self.running)
         if self.next_start_at > now:
             return running
-        most = 1 if self.back_offs else running + 1 if self.delay_s else self.concurrency
+        most = 1 if self.back_offs else min(self.concurrency, running + 1) if self.delay_s else self.concurrency
         return max(running, min(most, running + len(self.waiting)))
 
     def wanted(self, now: float) -> int:
         """How many more jobs to claim: those to start within `AHEAD_S`, at least one a place; 0 when well supplied.
 
-        Of a host that rests none, but as many as a turn has when they share what the last one met.
+        Of a host that rests long none; where they share what the last one met, as many as a turn has on their way.
         """
         if self.is_dry or self.is_ending or self.is_lost:
             return 0
-        if self.next_start_at > now + AHEAD_S:
-            return 0 if self.failure_to_share(now) is None else TURN_JOBS_MAX - len(self.waiting)
+        if self.failure_to_share(now) is not None:
+            return TURN_JOBS_MAX - len(self.waiting) - self.unrecorded
+        if self.is_asleep(now):
+            return 0
         ahead = self._expected_starts(now)
         have = len(self.waiting)
         return 0 if have > ahead // 2 else ahead - have
 
-    def failure_to_share(self, now: float) -> Failure | None:
+    def is_asleep(self, now: float) -> bool:
+        """Whether nothing starts or is shared here for so long that the host is better given back."""
+        return self._rests_long(now) and self.shared_failure is None
+
+    def failure_to_share(self, now: float) -> SharedFailure | None:
         """Return what the jobs that wait here have met without a try of their own, while the host rests."""
-        return self.shared_failure if self.next_start_at > now + AHEAD_S else None
+        return self.shared_failure if self._rests_long(now) else None
+
+    def sharing_delay_s(self, now: float) -> float:
+        """Seconds until a job that has its part in `shared_failure` may be claimed again."""
+        return max(0.0, self.rest_s(now) - SHARED_EARLY_S)
 
     def is_turn_over(self, now: float) -> bool:
-        """Whether the host had its share for now."""
-        return now - self.began_at >= TURN_S or self.started_count >= TURN_JOBS_MAX
+        """Whether the host had its share for now; not while its only try runs, which may take longer."""
+        is_trying = self.back_offs > 0 and bool(self.running)
+        return not is_trying and (now - self.began_at >= TURN_S or self.started_count >= TURN_JOBS_MAX)
 
     def begin_turn(self, now: float) -> None:
         """Start counting the host's share anew."""
@@ -106,11 +124,28 @@ class Hold:
         self.shared_failure = None
         self.next_start_at = max(self.next_start_at, now + self.delay_s)
 
-    def note_back_off(self, now: float, delay_s: float) -> None:
+    def note_back_off(self, now: float, delay_s: float, *, answered: bool) -> None:
         """Leave the host alone; those that were under way together count as one back-off."""
         self.next_start_at = max(self.next_start_at, now + delay_s)
         self.backed_off_at = now
         self.back_offs += 1
+        self.connect_failures = 0 if answered else self.connect_failures + 1
+
+    def share(self, now: float, failure: SharedFailure) -> None:
+        """Have the jobs that are due share a failure, for a turn at least, until the host's next try."""
+        self.shared_failure = failure
+        self.begin_turn(now)
+
+    def end_back_off(self) -> None:
+        """Something got through."""
+        self.back_offs = self.connect_failures = 0
+
+    def back_off(self, delay_s: float) -> BackOff:
+        """What is to be stored of the back-off, or of its end."""
+        return BackOff(lease=self.lease, delay_s=delay_s, count=self.back_offs, connect_failures=self.connect_failures)
+
+    def _rests_long(self, now: float) -> bool:
+        return self.next_start_at > now + AHEAD_S
 
     def _expected_starts(self, now: float) -> int:
         if self.back_offs:

@@ -78,6 +78,7 @@ class Keeper:
             concurrency=concurrency,
             delay_s=delay_s,
             back_offs=lease.back_offs,
+            connect_failures=lease.connect_failures,
         )
         if (expired := self._holds.get(hold.key)) is not None:
             self._lose(expired)

@@ -45,8 +45,6 @@ DRAIN_LAST_S = 5.0
 """After the grace, how long to try to put jobs and hosts back into a database that does not answer."""
 AHEAD_PER_SLOT_MAX = 4
 """Jobs claimed at hosts that are held, for each slot; so one more for each slot is the most a worker ever has."""
-GIVE_BACK_WAIT_S = 2.0
-"""A host that rests longer than this is given back, with the jobs that wait for it."""
 
 logger = logging.getLogger(__name__)
 
@@ -283,7 +281,7 @@ class Pool:
         if not wanted:
             return
         if room <= 0 or not self._may_take():
-            self._end_idle(hold for hold, _ in wanted)
+            self._end_idle(hold for hold, _ in wanted if hold.failure_to_share(now) is None)
             return
         # fair shares: the first few hosts would take all the room, and the others leave slots empty
         share = max(1, room // len(wanted))
@@ -343,8 +341,7 @@ class Pool:
         """Put back what will not start here soon: at hosts that rest, at the end, and what was cut off."""
         now = time.monotonic()
         for hold in self._holds.values():
-            rests_long = hold.next_start_at > now + GIVE_BACK_WAIT_S and hold.failure_to_share(now) is None
-            if rests_long and (hold.waiting or hold.is_idle):
+            if hold.is_asleep(now) and (hold.waiting or hold.is_idle):
                 self._slots.return_waiting(hold)
                 hold.is_ending = True
         if returned := list(self._slots.returned):

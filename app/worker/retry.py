@@ -6,6 +6,7 @@ from email.utils import parsedate_to_datetime
 
 from msgspec import Struct
 
+from app.fetch.http import FetchRequest
 from app.outcome import RETRYABLE, RETRYABLE_STATUSES, Failure, FailureCode, Outcome, Response
 
 RETRY_FIRST_S = 1.0
@@ -16,7 +17,7 @@ BACK_OFF_FIRST_S = 1.0
 BACK_OFF_MAX_S = 60.0
 BACK_OFF_STATUSES = frozenset({429, 503})
 BACK_OFF_CODES = frozenset({FailureCode.CONNECT_REFUSED, FailureCode.CONNECT_TIMEOUT, FailureCode.CONNECT_UNREACHABLE})
-UNREACHABLE_BACK_OFFS = 7
+CONNECT_FAILURES_SHARED = 7
 """So many in a row, which take over a minute, and nobody has to find out anew that a host cannot be connected to."""
 
 
@@ -27,6 +28,19 @@ class Verdict(Struct, frozen=True, gc=False, kw_only=True):
     delay_s: float = 0.0
     code: FailureCode | None = None
     detail: str | None = None
+
+
+class SharedFailure(Struct, frozen=True, gc=False, kw_only=True):
+    """A failure to connect that others need not meet for themselves, and of what request it was."""
+
+    failure: Failure
+    scheme: str
+    connect_timeout_s: float
+
+    def applies_to(self, request: FetchRequest) -> bool:
+        """Whether this request to the same host is to the same port, and no more patient where that matters."""
+        is_patient = request.limits.connect_timeout_s > self.connect_timeout_s
+        return _scheme(request) == self.scheme and not (is_patient and self.failure.code is FailureCode.CONNECT_TIMEOUT)
 
 
 def decide(
@@ -61,15 +75,24 @@ def back_off_s(outcome: Outcome, *, back_offs: int) -> float | None:
     return asked_s if asked_s is not None else min(BACK_OFF_MAX_S, BACK_OFF_FIRST_S * 2.0 ** min(back_offs, 10))
 
 
-def shared_failure(outcome: Outcome, *, back_offs: int) -> Failure | None:
-    """Make of what a host was backed off for, `back_offs` times in a row, what its other jobs may be told.
+def got_through(outcome: Outcome) -> bool:
+    """Whether the host answered, be it by leading elsewhere: its back-off, if there is one, is over."""
+    return isinstance(outcome, Response) or bool(outcome.evidence.redirects)
+
+
+def shared_failure(outcome: Outcome, request: FetchRequest, *, connect_failures: int) -> SharedFailure | None:
+    """Make of what a host was backed off for what its other jobs may be told; `connect_failures` are those in a row.
 
     `None` while each has to try for itself: until it is certain enough that none can connect.
     """
-    if isinstance(outcome, Response) or back_offs < UNREACHABLE_BACK_OFFS:
+    if isinstance(outcome, Response) or connect_failures < CONNECT_FAILURES_SHARED:
         return None
-    detail = f"Not tried for itself: {back_offs} tries in a row got nowhere at this host, the last one just now. "
-    return Failure(code=outcome.code, detail=detail + outcome.detail)
+    detail = f"Not tried for itself: the last {connect_failures} tries could not connect to this host. {outcome.detail}"
+    return SharedFailure(
+        failure=Failure(code=outcome.code, detail=detail),
+        scheme=_scheme(request),
+        connect_timeout_s=request.limits.connect_timeout_s,
+    )
 
 
 def retry_after_s(response: Response) -> float | None:
@@ -79,6 +102,10 @@ def retry_after_s(response: Response) -> float | None:
         return None
     seconds = float(value[:10]) if value.isascii() and value.isdigit() else _seconds_until(value)
     return None if seconds is None else min(RETRY_AFTER_MAX_S, max(0.0, seconds))
+
+
+def _scheme(request: FetchRequest) -> str:
+    return request.url.partition(":")[0]
 
 
 def _seconds_until(value: str) -> float | None:

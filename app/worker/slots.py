@@ -11,20 +11,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
+from msgspec import structs
+
+from app.fetch.http import FetchRequest
 from app.fetch.limits import Limits
 from app.fetch.transport import Transport
 from app.jobs.ids import shard_of_host
-from app.jobs.leases import BackOff
 from app.jobs.values import ClaimedJob, Result, Returned
-from app.outcome import Failure, FailureCode, Outcome, Response
+from app.outcome import FailureCode, Outcome, Response
 from app.worker import attempt, options, retry
 from app.worker.holds import Hold, Holds, Places, Seat
 from app.worker.options import SharedOptions
 from app.worker.recorder import Recorder
+from app.worker.retry import SharedFailure
 
 BATCH_OPTIONS_MAX = 1_000
-SHARED_EARLY_S = 1.0
-"""Jobs that shared a failure are due this long before the host's next try, so as not to miss what that one meets."""
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ class Slots:
         if not hold.waiting or hold.is_lost or now >= hold.stops_at:
             return False
         if (failure := hold.failure_to_share(now)) is not None:
-            self._share(hold, failure, delay_s=hold.rest_s(now) - SHARED_EARLY_S)
+            self._share(hold, failure, delay_s=hold.sharing_delay_s(now))
             return False
         if hold.next_start_at > now:
             hold.is_ready = True  # by the timer, and no other way before
@@ -216,18 +217,28 @@ class Slots:
         self._start_job(hold, now)
         return True
 
-    def _share(self, hold: Hold, failure: Failure, *, delay_s: float) -> None:
-        """End an attempt of each job that waits at a host as the last one there ended; none is started."""
+    def _share(self, hold: Hold, shared: SharedFailure, *, delay_s: float) -> None:
+        """End an attempt of each job that waits at a host as the last one there ended, and start none.
+
+        Jobs of another kind stay, and end the sharing, for more of them would only pile up.
+        """
         for job in self._drop_waiting(hold):
+            batch = self._options.get(job.batch_id)
             if job.accused:
                 self._offer(hold, attempt.poisoned(job))
-            elif (batch := self._options.get(job.batch_id)) is not None:
-                self._offer(hold, attempt.shared(job, options.for_job(job, batch), failure, delay_s=delay_s))
+            elif batch is not None and shared.applies_to((asked := options.for_job(job, batch)).request):
+                self._offer(hold, attempt.shared(job, asked, shared.failure, delay_s=delay_s))
             else:
-                hold.waiting.append(job)
-                self.waiting_count += 1
-                self.unknown.add(job.batch_id)
+                self._keep_waiting(hold, job, is_known=batch is not None)
         self._wake()
+
+    def _keep_waiting(self, hold: Hold, job: ClaimedJob, *, is_known: bool) -> None:
+        hold.waiting.append(job)
+        self.waiting_count += 1
+        if is_known:
+            hold.shared_failure = None
+        else:
+            self.unknown.add(job.batch_id)
 
     def _convict_or_await(self, hold: Hold) -> bool:
         if not hold.waiting[0].accused:
@@ -261,7 +272,10 @@ class Slots:
         started_at = time.monotonic()
         asked = options.for_job(job, batch)
         outcome, result = await attempt.run(job, asked, transport=self._transport, move=seat.move)
-        self._note_host(hold, outcome, started_at)
+        self._note_host(hold, outcome, asked.request, started_at=started_at)
+        if hold.shared_failure is not None:  # not to share what it has met itself
+            delay_s = max(result.delay_s, hold.sharing_delay_s(time.monotonic()))
+            result = structs.replace(result, delay_s=delay_s)
         self._offer(hold, result)
 
     def _end_job(self, hold: Hold, seat: Seat, task: asyncio.Task[None]) -> None:
@@ -299,15 +313,22 @@ class Slots:
         else:
             self._offer(hold, attempt.interrupted(job, code))
 
-    def _note_host(self, hold: Hold, outcome: Outcome, started_at: float) -> None:
+    def _note_host(self, hold: Hold, outcome: Outcome, request: FetchRequest, *, started_at: float) -> None:
+        """Have the host rest, or end its back-off; what began before its last back-off tells nothing new."""
+        if started_at < hold.backed_off_at:
+            return
         delay_s = retry.back_off_s(outcome, back_offs=hold.back_offs)
-        if delay_s is not None and started_at >= hold.backed_off_at:
-            hold.note_back_off(time.monotonic(), delay_s)
-            hold.shared_failure = retry.shared_failure(outcome, back_offs=hold.back_offs)
-            self._recorder.add_back_off(BackOff(lease=hold.lease, delay_s=delay_s, count=hold.back_offs))
-        elif isinstance(outcome, Response) and delay_s is None and hold.back_offs and started_at >= hold.backed_off_at:
-            hold.back_offs = 0
-            self._recorder.add_back_off(BackOff(lease=hold.lease, delay_s=0.0, count=0))
+        if delay_s is not None:
+            now = time.monotonic()
+            hold.note_back_off(now, delay_s, answered=isinstance(outcome, Response))
+            failure = retry.shared_failure(outcome, request, connect_failures=hold.connect_failures)
+            if failure is not None:
+                hold.share(now, failure)
+        elif hold.back_offs and retry.got_through(outcome):
+            hold.end_back_off()
+        else:
+            return
+        self._recorder.add_back_off(hold.back_off(delay_s or 0.0))
 
     def _offer(self, hold: Hold, result: Result) -> None:
         hold.unrecorded += 1

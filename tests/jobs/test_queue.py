@@ -522,14 +522,14 @@ async def test_a_host_that_backs_off_is_left_alone_by_every_batch(
     await client.submit("h", "h")
     lease, jobs = await worker.claim_one()
     async with sessions.begin() as session:
-        await leases.back_off(session, [BackOff(lease=lease, delay_s=60, count=1)])
+        await leases.back_off(session, [BackOff(lease=lease, delay_s=60, count=2, connect_failures=1)])
     await worker.give_back(jobs)
     await worker.release(lease)
     await client.submit("h")
     assert await worker.claim() == {}
     await make_due(sessions)
     [again] = await worker.claim()
-    assert again.back_offs == 1
+    assert (again.back_offs, again.connect_failures) == (2, 1)
 
 
 async def test_the_delay_of_a_host_outlives_the_lease(client: Client, worker: Worker) -> None:

@@ -1,15 +1,23 @@
 """Whether an attempt is tried again, when, and how long its host is left alone."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
 
+from app.fetch.http import FetchRequest
 from app.outcome import RETRYABLE, Evidence, Failure, FailureCode, Hop, Outcome, Response
 from app.worker import retry
 from app.worker.options import accepted
+from tests.fetch.servers import LIMITS
 
 OK = accepted(("2xx",))
+REFUSED = Failure(code=FailureCode.CONNECT_REFUSED, detail="Refused.")
+
+
+def request(url: str = "http://h/", **limits: float) -> FetchRequest:
+    return FetchRequest(url=url, limits=replace(LIMITS, **limits))  # type: ignore[arg-type]
 
 
 def response(status: int, **headers: str) -> Response:
@@ -107,14 +115,27 @@ def test_a_redirect_to_a_dead_host_leaves_the_host_it_is_from_in_peace() -> None
     redirected = Evidence(redirects=(Hop("http://h/", 302),))
     failure = Failure(code=FailureCode.CONNECT_REFUSED, detail="Refused.", evidence=redirected)
     assert retry.back_off_s(failure, back_offs=3) is None
+    assert retry.got_through(failure)
+    assert not retry.got_through(REFUSED)
 
 
 def test_a_failure_is_shared_once_a_host_was_not_to_be_connected_to_for_a_minute() -> None:
-    refused = Failure(code=FailureCode.CONNECT_REFUSED, detail="Refused.", evidence=Evidence(remote_address="::1"))
-    count = next(count for count in range(100) if retry.shared_failure(refused, back_offs=count))
-    assert 60 < sum(retry.back_off_s(refused, back_offs=number) or 0 for number in range(count - 1)) < 120
-    shared = retry.shared_failure(refused, back_offs=count)
+    count = next(count for count in range(100) if retry.shared_failure(REFUSED, request(), connect_failures=count))
+    assert 60 < sum(retry.back_off_s(REFUSED, back_offs=number) or 0 for number in range(count - 1)) < 120
+    shared = retry.shared_failure(REFUSED, request(), connect_failures=count)
     assert shared is not None
-    assert (shared.code, shared.evidence, shared.sent) == (refused.code, Evidence(), False)
-    assert shared.detail.endswith("Refused.")
-    assert retry.shared_failure(response(503), back_offs=100) is None
+    assert (shared.failure.code, shared.failure.evidence, shared.failure.sent) == (REFUSED.code, Evidence(), False)
+    assert shared.failure.detail.endswith("Refused.")
+    assert retry.shared_failure(response(503), request(), connect_failures=100) is None
+
+
+def test_a_failure_is_shared_with_requests_to_the_same_port_that_are_no_more_patient() -> None:
+    refused = retry.shared_failure(REFUSED, request(), connect_failures=100)
+    silent = Failure(code=FailureCode.CONNECT_TIMEOUT, detail="Silence.")
+    timeout = retry.shared_failure(silent, request(connect_timeout_s=5.0), connect_failures=100)
+    assert refused is not None
+    assert timeout is not None
+    assert refused.applies_to(request("http://h/other", connect_timeout_s=60.0))
+    assert not refused.applies_to(request("https://h/"))
+    assert timeout.applies_to(request(connect_timeout_s=5.0))
+    assert not timeout.applies_to(request(connect_timeout_s=5.1))

@@ -16,11 +16,14 @@ from app.jobs.values import ClaimedJob, Lease, Result, Returned
 from app.outcome import Failure, FailureCode
 from app.worker.holds import Hold
 from app.worker.recorder import Recorder
+from app.worker.retry import SharedFailure
 from app.worker.slots import Slots
 from tests.fetch.servers import LIMITS, LOOPBACK
 from tests.worker.test_options import claimed
 
-REFUSED = Failure(code=FailureCode.CONNECT_REFUSED, detail="Refused.")
+REFUSED = SharedFailure(
+    failure=Failure(code=FailureCode.CONNECT_REFUSED, detail="Refused."), scheme="http", connect_timeout_s=10.0
+)
 
 
 @pytest.fixture
@@ -109,6 +112,24 @@ async def test_what_a_try_met_is_shared_by_all_but_the_convicted_and_those_of_un
     ]
     assert 55.0 < offered[0].delay_s < 60.0
     assert (list(hold.waiting), slots.waiting_count, slots.unknown) == ([unknown], 1, {unknown.batch_id})
+    assert hold.shared_failure is REFUSED
+
+
+async def test_jobs_of_another_scheme_share_nothing_and_end_the_sharing(
+    slots: Slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered: list[Result] = []
+    monkeypatch.setattr(slots._recorder, "add", offered.append)
+    hold = hold_of("a.test")
+    hold.next_start_at, hold.shared_failure = time.monotonic() + 60.0, REFUSED
+    first, last = claimed(), claimed()
+    secure = structs.replace(first, id=uuid4(), url="https://a.test/")
+    slots.learn_options({first.batch_id: {}, last.batch_id: {}})
+    slots.supply(hold, [first, secure, last])
+    slots.start_ready()
+    assert [result.job for result in offered] == [first, last]
+    assert list(hold.waiting) == [secure]
+    assert hold.is_asleep(time.monotonic())
 
 
 async def _await_suspect(slots: Slots) -> tuple[Hold, ClaimedJob]:

@@ -5,8 +5,10 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from sqlalchemy import text
 
 from app.fetch.http import fetch
+from app.jobs.database import Sessions
 from app.outcome import Outcome
 from app.worker import attempt, retry
 from tests.waiting import until
@@ -20,7 +22,7 @@ REST_S = 3.0
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first failure tells enough, and the host rests long."""
-    monkeypatch.setattr(retry, "UNREACHABLE_BACK_OFFS", 1)
+    monkeypatch.setattr(retry, "CONNECT_FAILURES_SHARED", 1)
     monkeypatch.setattr(retry, "BACK_OFF_FIRST_S", REST_S)
 
 
@@ -55,7 +57,9 @@ async def test_each_try_at_a_dead_host_counts_for_all_its_jobs(service: Service,
     assert {job.attempts for job in jobs} == {2}
     untried = next(job for job in jobs if job.url not in tried)
     detail = await service.job(untried.id)
-    assert (detail.error_detail or "").startswith("Not tried for itself: 2 tries in a row got nowhere at this host")
+    assert (detail.error_detail or "").startswith(
+        "Not tried for itself: the last 2 tries could not connect to this host."
+    )
     assert [attempt.error for attempt in detail.attempts_made] == ["connect_refused", "connect_refused"]
 
 
@@ -67,6 +71,36 @@ async def test_a_host_that_comes_back_gets_all_its_jobs(service: Service, gone: 
         async with serving(port=gone.port) as site:
             assert (await service.finished(batch_id)).counts.succeeded == 50
             assert sum(site.hits.values()) == 50
+
+
+async def test_a_job_does_not_share_what_it_met_itself(
+    service: Service, gone: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "RETRY_FIRST_S", 0.0)
+    async with service.worker(host_concurrency=1):
+        batch_id = await service.submit(*(gone.url(f"/{number}") for number in range(500)))
+        await until(lambda: _all_wait(service, batch_id))
+
+
+async def test_pages_by_https_are_not_charged_with_what_http_met(
+    service: Service, gone: Site, tried: list[str]
+) -> None:
+    plain = [gone.url(f"/{number}") for number in range(20)]
+    secure = [url.replace("http:", "https:") for url in plain]
+    async with service.worker(host_concurrency=4):
+        batch_id = await service.submit(*plain, *secure, max_attempts=1)
+        assert (await service.finished(batch_id)).errors == {"connect_refused": 40}
+    assert sum(url.startswith("http:") for url in tried) == 4
+    assert any(url.startswith("https:") for url in tried)
+
+
+async def test_a_host_that_answers_is_not_dead_for_refusing_once(service: Service, sessions: Sessions) -> None:
+    async with serving(lambda _: (503, {"Retry-After": "0"}, b"")) as site, service.worker(host_concurrency=1):
+        batch_id = await service.submit(*(site.url(f"/{number}") for number in range(9)), max_attempts=1)
+        await service.finished(batch_id)
+        async with sessions.begin() as session:
+            counts = "SELECT back_offs, connect_failures FROM host"
+            assert [tuple(row) for row in await session.execute(text(counts))] == [(9, 0)]
 
 
 async def _all_wait(service: Service, batch_id: UUID) -> bool:
@@ -96,7 +130,7 @@ async def test_hosts_that_rest_leave_their_slots_to_others(
 ) -> None:
     monkeypatch.setattr(retry, "BACK_OFF_FIRST_S", 1.5)
     monkeypatch.setattr(retry, "BACK_OFF_MAX_S", 1.5)  # so that they are kept
-    monkeypatch.setattr(retry, "UNREACHABLE_BACK_OFFS", 100)
+    monkeypatch.setattr(retry, "CONNECT_FAILURES_SHARED", 100)
     addresses = [f"127.0.1.{number + 1}" for number in range(20)]
     urls = [gone.url(f"/{number}", address=address) for number in range(8) for address in addresses]
     async with serving() as site, service.worker(slots=8, host_concurrency=4):
@@ -107,15 +141,16 @@ async def test_hosts_that_rest_leave_their_slots_to_others(
 
 
 async def test_a_worker_has_at_most_five_jobs_for_each_slot_though_all_hosts_rest(
-    service: Service, gone: Site, monkeypatch: pytest.MonkeyPatch
+    service: Service, gone: Site, tried: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retry, "BACK_OFF_FIRST_S", 1.5)
-    monkeypatch.setattr(retry, "UNREACHABLE_BACK_OFFS", 100)
+    monkeypatch.setattr(retry, "CONNECT_FAILURES_SHARED", 100)
     urls = [gone.url(f"/{number}", address=f"127.0.1.{number % 50 + 1}") for number in range(400)]
     async with service.worker(slots=4, host_concurrency=4) as pool:
         await service.submit(*urls, max_attempts=10)
         most = 0
-        for _ in range(200):
-            most = max(most, pool._slots.running_count + pool._slots.waiting_count)
-            await asyncio.sleep(0.005)
+        async with asyncio.timeout(30):
+            while len(tried) < 100:
+                most = max(most, pool._slots.running_count + pool._slots.waiting_count)
+                await asyncio.sleep(0.002)
         assert 4 < most <= 20
