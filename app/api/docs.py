@@ -102,13 +102,13 @@ def _further_schemas() -> dict[str, Any]:
 
 def _tell_bounds(schemas: dict[str, Any], bounds: Bounds) -> None:
     """Describe what the operator has set, in words only: generated clients would send or insist on what is declared."""
-    entries = f" At most {bounds.batch_jobs_max}, in a request of {bounds.request_bytes_max} bytes."
+    entries = f" At most {bounds.batch_jobs_max}, in a request of at most {bounds.request_bytes_max} bytes."
     for name in ("urls", "jobs"):
         schemas["BatchRequest"]["properties"][name]["description"] += entries
     for name, described in schemas["BatchOptions"]["properties"].items():
         if (default := getattr(bounds, name, None)) is not None:
             most = bounds.timeout_s_max if name.endswith("timeout_s") else default
-            told = "Default, and the most: " if most == default else f"At most {most:.12g}, default: "
+            told = "Default and maximum: " if most == default else f"At most {most:.12g}, default: "
             described["description"] += f" {told}{default:.12g}."
 
 

@@ -303,14 +303,14 @@ class JobView(View):
         description="Host name, and port if not the usual one: limits go by it.", examples=["example.com"]
     )
     status: JobStatus = Field(description="A retry is `queued` with a later `run_at`.", examples=["succeeded"])
-    attempts: int = Field(description="Tries so far that count against `max_attempts`.", examples=[1])
+    attempts: int = Field(description="Attempts so far that count against `max_attempts`.", examples=[1])
     run_at: datetime | None = Field(
         description="When it may run, while it is queued: not before its host has rested.", examples=[None]
     )
     error: FailureCode | None = Field(description="Why it failed, or why its last attempt did.", examples=[None])
     error_detail: str | None = Field(examples=[None])
     http_status: int | None = Field(
-        description="Status of the final response, also where the job failed in its body.", examples=[200]
+        description="Status of the last response, also where the job failed after its head had come.", examples=[200]
     )
     final_url: str | None = Field(description="Where the redirects ended.", examples=["https://example.com/"])
     content_type: str | None = Field(examples=["text/html"])

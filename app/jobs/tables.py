@@ -93,7 +93,7 @@ host = Table(
     _time("not_before", nullable=False, default="'-infinity'"),
     Column("lease", BigInteger, nullable=False, server_default=text("0")),
     Column("owner", Uuid),
-    # in a row; of those, the latest in a row that failed to connect
+    # back-offs in a row, and how many of the latest of them were failures to connect
     _count("back_offs"),
     _count("connect_failures"),
     PrimaryKeyConstraint("shard", "host"),

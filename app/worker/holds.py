@@ -80,7 +80,8 @@ class Hold:
     def wanted(self, now: float) -> int:
         """How many more jobs to claim: those to start within `AHEAD_S`, at least one a place; 0 when well supplied.
 
-        Of a host that rests long none; where they share what the last one met, as many as a turn has on their way.
+        Of a host that rests long none; where they share what the last one met, at most `TURN_JOBS_MAX`,
+        those not yet stored included.
         """
         if self.is_dry or self.is_ending or self.is_lost:
             return 0
@@ -105,8 +106,8 @@ class Hold:
         return max(0.0, self.rest_s(now) - SHARED_EARLY_S)
 
     def is_turn_over(self, now: float) -> bool:
-        """Whether the host had its share for now; not while its only try runs, which may take longer."""
-        is_trying = self.back_offs > 0 and bool(self.running)
+        """Whether the host had its share for now; not while its first and only try runs, which may take longer."""
+        is_trying = self.back_offs > 0 and bool(self.running) and self.started_count <= 1
         return not is_trying and (now - self.began_at >= TURN_S or self.started_count >= TURN_JOBS_MAX)
 
     def begin_turn(self, now: float) -> None:
@@ -135,6 +136,10 @@ class Hold:
         """Have the jobs that are due share a failure, for a turn at least, until the host's next try."""
         self.shared_failure = failure
         self.begin_turn(now)
+
+    def note_connection(self) -> None:
+        """The host could be connected to, though what came of it does not end the back-off."""
+        self.connect_failures = 0
 
     def end_back_off(self) -> None:
         """Something got through."""

@@ -1,4 +1,7 @@
-"""Whether a job is done, failed or tried again, and how long its host is left alone. Decides only; does nothing."""
+"""Whether a job is done, failed or tried again, how long its host is left alone, and what that tells its other jobs.
+
+Decides only; does nothing.
+"""
 
 import random
 from datetime import UTC, datetime
@@ -18,7 +21,7 @@ BACK_OFF_MAX_S = 60.0
 BACK_OFF_STATUSES = frozenset({429, 503})
 BACK_OFF_CODES = frozenset({FailureCode.CONNECT_REFUSED, FailureCode.CONNECT_TIMEOUT, FailureCode.CONNECT_UNREACHABLE})
 CONNECT_FAILURES_SHARED = 7
-"""So many in a row, which take over a minute, and nobody has to find out anew that a host cannot be connected to."""
+"""After so many in a row, which take over a minute, other jobs need not find out for themselves."""
 
 
 class Verdict(Struct, frozen=True, gc=False, kw_only=True):
@@ -38,7 +41,7 @@ class SharedFailure(Struct, frozen=True, gc=False, kw_only=True):
     connect_timeout_s: float
 
     def applies_to(self, request: FetchRequest) -> bool:
-        """Whether this request to the same host is to the same port, and no more patient where that matters."""
+        """Whether this request to the same host has the same scheme, and is no more patient where that matters."""
         is_patient = request.limits.connect_timeout_s > self.connect_timeout_s
         return _scheme(request) == self.scheme and not (is_patient and self.failure.code is FailureCode.CONNECT_TIMEOUT)
 
@@ -64,7 +67,7 @@ def back_off_s(outcome: Outcome, *, back_offs: int) -> float | None:
 
     A host that only redirects to one that cannot be connected to is not left alone.
     """
-    if isinstance(outcome, Response):
+    if outcome.status is not None:
         if outcome.status not in BACK_OFF_STATUSES:
             return None
         asked_s = retry_after_s(outcome)
@@ -77,7 +80,7 @@ def back_off_s(outcome: Outcome, *, back_offs: int) -> float | None:
 
 def got_through(outcome: Outcome) -> bool:
     """Whether the host answered, be it by leading elsewhere: its back-off, if there is one, is over."""
-    return isinstance(outcome, Response) or bool(outcome.evidence.redirects)
+    return outcome.status is not None or bool(outcome.evidence.redirects)
 
 
 def shared_failure(outcome: Outcome, request: FetchRequest, *, connect_failures: int) -> SharedFailure | None:
@@ -95,9 +98,9 @@ def shared_failure(outcome: Outcome, request: FetchRequest, *, connect_failures:
     )
 
 
-def retry_after_s(response: Response) -> float | None:
+def retry_after_s(answer: Outcome) -> float | None:
     """Read Retry-After as seconds from now, at most an hour (RFC 9110, 10.2.3); `None` without a usable one."""
-    value = next((value.strip() for name, value in response.headers if name.lower() == "retry-after"), None)
+    value = next((value.strip() for name, value in answer.headers if name.lower() == "retry-after"), None)
     if value is None:
         return None
     seconds = float(value[:10]) if value.isascii() and value.isdigit() else _seconds_until(value)

@@ -18,7 +18,7 @@ from app.fetch.limits import Limits
 from app.fetch.transport import Transport
 from app.jobs.ids import shard_of_host
 from app.jobs.values import ClaimedJob, Result, Returned
-from app.outcome import FailureCode, Outcome, Response
+from app.outcome import Failure, FailureCode, Outcome
 from app.worker import attempt, options, retry
 from app.worker.holds import Hold, Holds, Places, Seat
 from app.worker.options import SharedOptions
@@ -199,7 +199,7 @@ class Slots:
             return False
         if (failure := hold.failure_to_share(now)) is not None:
             self._share(hold, failure, delay_s=hold.sharing_delay_s(now))
-            return False
+            return hold.shared_failure is None  # those that are left wait for the timer
         if hold.next_start_at > now:
             hold.is_ready = True  # by the timer, and no other way before
             self._loop.call_later(hold.next_start_at - now, self._resume, hold)
@@ -218,9 +218,10 @@ class Slots:
         return True
 
     def _share(self, hold: Hold, shared: SharedFailure, *, delay_s: float) -> None:
-        """End an attempt of each job that waits at a host as the last one there ended, and start none.
+        """Charge each waiting job an attempt that failed as the host's last try did; start none.
 
-        Jobs of another kind stay, and end the sharing, for more of them would only pile up.
+        Jobs of another kind stay, and end the sharing, for more of them would only pile up. Those whose options are not
+        known yet wait for these.
         """
         for job in self._drop_waiting(hold):
             batch = self._options.get(job.batch_id)
@@ -320,12 +321,14 @@ class Slots:
         delay_s = retry.back_off_s(outcome, back_offs=hold.back_offs)
         if delay_s is not None:
             now = time.monotonic()
-            hold.note_back_off(now, delay_s, answered=isinstance(outcome, Response))
+            hold.note_back_off(now, delay_s, answered=outcome.status is not None)
             failure = retry.shared_failure(outcome, request, connect_failures=hold.connect_failures)
             if failure is not None:
                 hold.share(now, failure)
         elif hold.back_offs and retry.got_through(outcome):
             hold.end_back_off()
+        elif hold.connect_failures and isinstance(outcome, Failure) and outcome.sent:
+            hold.note_connection()
         else:
             return
         self._recorder.add_back_off(hold.back_off(delay_s or 0.0))

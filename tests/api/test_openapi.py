@@ -118,5 +118,5 @@ async def test_options_tell_what_the_operator_has_set(make_app: AppMaker) -> Non
     schemas = make_app(bounds=bounds).openapi()["components"]["schemas"]
     options = schemas["BatchOptions"]["properties"]
     assert options["timeout_s"]["description"].endswith(" At most 99, default: 12.5.")
-    assert options["body_bytes_max"]["description"].endswith(" Default, and the most: 12345678.")
+    assert options["body_bytes_max"]["description"].endswith(" Default and maximum: 12345678.")
     assert "At most 777, " in schemas["BatchRequest"]["properties"]["urls"]["description"]

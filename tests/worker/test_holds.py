@@ -80,9 +80,10 @@ def test_only_failures_to_connect_count_as_such_and_in_a_row() -> None:
     assert (backed_off.back_offs, backed_off.connect_failures) == (0, 0)
 
 
-def test_no_turn_ends_while_the_only_try_runs() -> None:
-    assert hold(running=1).is_turn_over(NOW + 60.0)
-    trying = hold(running=1, back_offs=1)
+def test_no_turn_ends_while_its_only_try_runs() -> None:
+    assert hold(running=1, started_count=1).is_turn_over(NOW + 60.0)
+    assert hold(running=1, started_count=2, back_offs=1).is_turn_over(NOW + 60.0)
+    trying = hold(running=1, started_count=1, back_offs=1)
     assert not trying.is_turn_over(NOW + 60.0)
     trying.share(NOW + 60.0, REFUSED)
     trying.running.clear()

@@ -119,6 +119,14 @@ def test_a_redirect_to_a_dead_host_leaves_the_host_it_is_from_in_peace() -> None
     assert not retry.got_through(REFUSED)
 
 
+def test_a_busy_answer_that_breaks_off_is_one_all_the_same() -> None:
+    cut = Failure(code=FailureCode.BODY_TRUNCATED, detail="Cut.", status=503, headers=(("Retry-After", "7"),))
+    assert retry.back_off_s(cut, back_offs=0) == 7
+    cut = Failure(code=FailureCode.BODY_TRUNCATED, detail="Cut.", status=200)
+    assert retry.back_off_s(cut, back_offs=0) is None
+    assert retry.got_through(cut)
+
+
 def test_a_failure_is_shared_once_a_host_was_not_to_be_connected_to_for_a_minute() -> None:
     count = next(count for count in range(100) if retry.shared_failure(REFUSED, request(), connect_failures=count))
     assert 60 < sum(retry.back_off_s(REFUSED, back_offs=number) or 0 for number in range(count - 1)) < 120

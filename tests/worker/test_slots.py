@@ -9,6 +9,7 @@ from uuid import uuid4
 import pytest
 from msgspec import structs
 
+from app.fetch.http import FetchRequest
 from app.fetch.resolver import Resolver
 from app.fetch.transport import Transport
 from app.jobs.database import Sessions
@@ -115,6 +116,14 @@ async def test_what_a_try_met_is_shared_by_all_but_the_convicted_and_those_of_un
     assert hold.shared_failure is REFUSED
 
 
+async def test_a_connection_that_stood_ends_the_row_of_failures_to_connect(slots: Slots) -> None:
+    hold = hold_of("a.test")
+    hold.back_offs = hold.connect_failures = 3
+    silent = Failure(code=FailureCode.FIRST_BYTE_TIMEOUT, detail="Silence.", sent=True)
+    slots._note_host(hold, silent, FetchRequest(url="http://a.test/", limits=LIMITS), started_at=time.monotonic())
+    assert (hold.back_offs, hold.connect_failures) == (3, 0)
+
+
 async def test_jobs_of_another_scheme_share_nothing_and_end_the_sharing(
     slots: Slots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +139,7 @@ async def test_jobs_of_another_scheme_share_nothing_and_end_the_sharing(
     assert [result.job for result in offered] == [first, last]
     assert list(hold.waiting) == [secure]
     assert hold.is_asleep(time.monotonic())
+    assert hold.is_ready  # with a timer, should it not be given back
 
 
 async def _await_suspect(slots: Slots) -> tuple[Hold, ClaimedJob]:
