@@ -223,23 +223,22 @@ class Slots:
         Jobs of another kind stay, and end the sharing, for more of them would only pile up. Those whose options are not
         known yet wait for these.
         """
+        kept = []
         for job in self._drop_waiting(hold):
             batch = self._options.get(job.batch_id)
             if job.accused:
                 self._offer(hold, attempt.poisoned(job))
-            elif batch is not None and shared.applies_to((asked := options.for_job(job, batch)).request):
+            elif batch is None:
+                self.unknown.add(job.batch_id)
+                kept.append(job)
+            elif shared.applies_to((asked := options.for_job(job, batch)).request):
                 self._offer(hold, attempt.shared(job, asked, shared.failure, delay_s=delay_s))
             else:
-                self._keep_waiting(hold, job, is_known=batch is not None)
+                hold.shared_failure = None
+                kept.append(job)
+        hold.waiting.extend(kept)
+        self.waiting_count += len(kept)
         self._wake()
-
-    def _keep_waiting(self, hold: Hold, job: ClaimedJob, *, is_known: bool) -> None:
-        hold.waiting.append(job)
-        self.waiting_count += 1
-        if is_known:
-            hold.shared_failure = None
-        else:
-            self.unknown.add(job.batch_id)
 
     def _convict_or_await(self, hold: Hold) -> bool:
         if not hold.waiting[0].accused:

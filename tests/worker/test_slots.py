@@ -52,6 +52,21 @@ def hold_of(host: str, *, is_lost: bool = False) -> Hold:
     )
 
 
+def dead_host() -> Hold:
+    """A host that rests for a minute, and whose jobs share what the last one met."""
+    hold = hold_of("a.test")
+    hold.next_start_at, hold.shared_failure = time.monotonic() + 60.0, REFUSED
+    return hold
+
+
+@pytest.fixture
+def offered(slots: Slots, monkeypatch: pytest.MonkeyPatch) -> list[Result]:
+    """What is offered to be stored."""
+    results: list[Result] = []
+    monkeypatch.setattr(slots._recorder, "add", results.append)
+    return results
+
+
 async def test_jobs_that_come_for_a_lost_host_are_given_back(slots: Slots) -> None:
     hold = hold_of("a.test", is_lost=True)
     jobs = [claimed(), claimed()]
@@ -94,12 +109,9 @@ async def test_a_suspect_whose_options_were_forgotten_waits_for_them_again(
 
 
 async def test_what_a_try_met_is_shared_by_all_but_the_convicted_and_those_of_unknown_options(
-    slots: Slots, monkeypatch: pytest.MonkeyPatch
+    slots: Slots, offered: list[Result]
 ) -> None:
-    offered: list[Result] = []
-    monkeypatch.setattr(slots._recorder, "add", offered.append)
-    hold = hold_of("a.test")
-    hold.next_start_at, hold.shared_failure = time.monotonic() + 60.0, REFUSED
+    hold = dead_host()
     known, unknown = claimed(), claimed()
     suspect = structs.replace(claimed(), crashes=2, batch_id=known.batch_id)
     convicted = structs.replace(suspect, id=uuid4(), accused=True)
@@ -124,13 +136,8 @@ async def test_a_connection_that_stood_ends_the_row_of_failures_to_connect(slots
     assert (hold.back_offs, hold.connect_failures) == (3, 0)
 
 
-async def test_jobs_of_another_scheme_share_nothing_and_end_the_sharing(
-    slots: Slots, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    offered: list[Result] = []
-    monkeypatch.setattr(slots._recorder, "add", offered.append)
-    hold = hold_of("a.test")
-    hold.next_start_at, hold.shared_failure = time.monotonic() + 60.0, REFUSED
+async def test_jobs_of_another_scheme_share_nothing_and_end_the_sharing(slots: Slots, offered: list[Result]) -> None:
+    hold = dead_host()
     first, last = claimed(), claimed()
     secure = structs.replace(first, id=uuid4(), url="https://a.test/")
     slots.learn_options({first.batch_id: {}, last.batch_id: {}})
