@@ -23,6 +23,7 @@ from service import Service, serving
 from target import HOSTS, Site, loopback_hosts, nginx
 
 MANY_HOSTS = 50_000
+"""Or more, for more rounds: each takes those it has done, and what was under way at its end, away from the next."""
 MANY_BATCHES = 1_000
 WARM_UP = 1_000
 LEFT = 8_000
@@ -83,7 +84,8 @@ def measure() -> None:
     asked = rounds.arguments(__doc__.splitlines()[0], jobs=8_000, pending=1_000_000, in_flight=100)
     with ExitStack() as stack:
         folder = stack.enter_context(scratch())
-        site = stack.enter_context(nginx(folder, hosts=loopback_hosts(MANY_HOSTS)))
+        many = max(MANY_HOSTS, asked.rounds * (WARM_UP + asked.jobs) * 10 // 9)
+        site = stack.enter_context(nginx(folder, hosts=loopback_hosts(many)))
         cases = _cases(site, asked.jobs, asked.pending, asked.rounds, asked.in_flight)
         found: dict[str, Contender] = {}
         for name, case in cases.items():
@@ -117,7 +119,7 @@ def _cases(site: Site, jobs: int, pending: int, count: int, in_flight: int) -> d
             in_round=lambda number: Pages(one, f"host-{number}", a_round),
             settings={"FETCHPOOL_HOST_CONCURRENCY": str(in_flight)},
         ),
-        "hosts": Case(f"{MANY_HOSTS:,} hosts, a URL each", origins, [Pages(origins, "hosts", MANY_HOSTS)]),
+        "hosts": Case(f"{len(origins):,} hosts, a URL each", origins, [Pages(origins, "hosts", len(origins))]),
         "batches": Case(
             f"{MANY_BATCHES:,} batches",
             some,
