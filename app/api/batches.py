@@ -16,7 +16,8 @@ from app.api import examples, paging, problems, results
 from app.api.context import Context, context_of
 from app.api.intake import Submission
 from app.api.problems import Problem
-from app.api.replies import IfNoneMatch, Representation, reply, reply_json, represent
+from app.api.replies import IfNoneMatch, Representation, reply, reply_page, represent
+from app.api.routing import StrictRoute
 from app.api.schemas import (
     BATCH_ID_EXAMPLE,
     FINISHED_BATCH,
@@ -43,7 +44,9 @@ COMMIT_TRIES_MAX = 3
 LOOK_AGAIN = {"Retry-After": "1"}
 """After how many seconds an unfinished batch is worth another look."""
 
-router = APIRouter(prefix="/v1/batches", tags=["Batches"], responses=problems.documented(*problems.EVERYWHERE))
+router = APIRouter(
+    prefix="/v1/batches", route_class=StrictRoute, tags=["Batches"], responses=problems.documented(*problems.EVERYWHERE)
+)
 
 IdempotencyKey = Annotated[
     str | None,
@@ -164,8 +167,8 @@ async def list_batches(request: Request, query: Annotated[BatchesQuery, Query()]
         found = await reads.list_batches(session, limit=query.limit + 1, before=before, status=query.status)
     shown = found[: query.limit]
     cursor = paging.batch_cursor(shown[-1].id) if len(found) > query.limit else None
-    page = BatchPage(data=[batch_view(batch) for batch in shown], next_cursor=cursor)
-    return reply_json(page, headers=paging.next_link("/v1/batches", _given(query), cursor))
+    links = paging.next_link("/v1/batches", _given(query), cursor)
+    return await reply_page(map(batch_view, shown), cursor=cursor, headers=links)
 
 
 @router.get(
@@ -220,8 +223,8 @@ async def list_batch_jobs(batch_id: BatchId, request: Request, query: Annotated[
         found = await reads.list_jobs(session, batch_id, after=after, limit=query.limit + 1, where=where)
     shown = found[: query.limit]
     cursor = paging.job_cursor(shown[-1].position) if len(found) > query.limit else None
-    page = JobPage(data=[job_view(job) for job in shown], next_cursor=cursor)
-    return reply_json(page, headers=paging.next_link(f"/v1/batches/{batch_id}/jobs", _given(query), cursor))
+    links = paging.next_link(f"/v1/batches/{batch_id}/jobs", _given(query), cursor)
+    return await reply_page(map(job_view, shown), cursor=cursor, headers=links)
 
 
 @router.get(

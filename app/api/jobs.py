@@ -11,6 +11,7 @@ from app.api import examples, problems
 from app.api.context import context_of
 from app.api.problems import Problem
 from app.api.replies import REVALIDATE, IfNoneMatch, Representation, reply_json
+from app.api.routing import StrictRoute
 from app.api.schemas import JOB_ID_EXAMPLE, JobDetailView, job_detail_view
 from app.jobs import reads
 from app.jobs.reads import Body
@@ -25,7 +26,9 @@ HARMLESS = {
 _TOKEN = r"[A-Za-z0-9!#$&^_.+-]{1,64}"
 _CONTENT_TYPE = re.compile(rf"{_TOKEN}/{_TOKEN}(?:; ?charset=[A-Za-z0-9_.:-]{{1,40}})?")
 
-router = APIRouter(prefix="/v1/jobs", tags=["Jobs"], responses=problems.documented(*problems.EVERYWHERE))
+router = APIRouter(
+    prefix="/v1/jobs", route_class=StrictRoute, tags=["Jobs"], responses=problems.documented(*problems.EVERYWHERE)
+)
 
 JobId = Annotated[UUID, Path(description="The job's id.", examples=[JOB_ID_EXAMPLE])]
 

@@ -14,7 +14,7 @@ from uuid import UUID
 import asyncpg
 from msgspec import Raw, Struct, json
 from sqlalchemy import text
-from sqlalchemy.engine import Row, RowMapping
+from sqlalchemy.engine import Result, Row, RowMapping
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.jobs import bodies
@@ -23,6 +23,8 @@ from app.jobs.listing import IN_ORDER, list_keys
 
 CONTENT_TYPE_CHARS_MAX = 255
 """A stranger wrote it; the response's headers show all of it."""
+ROWS_PER_TURN = 100
+"""Of jobs, read at once in some 3 ms, in which nothing else runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,13 +283,21 @@ async def list_jobs(
             "host": where.host,
         },
     )
-    return [Job(**_job_fields(row)) for row in rows]
+    return await _jobs(rows)
 
 
 async def list_finished(session: AsyncSession, batch_id: UUID, *, start: int, stop: int) -> list[Job]:
     """List the finished jobs at positions `start` to `stop - 1`, in order. Where few are finished it costs little."""
     rows = await session.execute(FINISHED_JOBS, {"batch_id": batch_id, "start": start, "stop": stop})
-    return [Job(**_job_fields(row)) for row in rows]
+    return await _jobs(rows)
+
+
+async def _jobs(rows: Result[Any]) -> list[Job]:
+    jobs: list[Job] = []
+    for some in rows.partitions(ROWS_PER_TURN):
+        jobs += [Job(**_job_fields(row)) for row in some]
+        await asyncio.sleep(0)
+    return jobs
 
 
 async def get_job(session: AsyncSession, job_id: UUID) -> JobDetail | None:

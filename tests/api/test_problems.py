@@ -59,6 +59,27 @@ async def test_a_method_that_is_not_taken_is_told_which_are(api: httpx2.AsyncCli
     assert_problem(await api.put("/v1/batches"), 405, "method_not_allowed")
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/batches"),
+        ("GET", A_BATCH),
+        ("DELETE", A_BATCH),
+        ("POST", f"{A_BATCH}/cancel"),
+        ("GET", f"/v1/jobs/{uuid4()}"),
+        ("GET", f"/v1/jobs/{uuid4()}/body"),
+    ],
+)
+async def test_a_parameter_is_refused_where_there_are_none(api: httpx2.AsyncClient, method: str, path: str) -> None:
+    refused = await api.request(method, f"{path}?wait=30", json={"urls": ["https://h.example/"]})
+    assert_problem(refused, 422, "invalid_parameter")
+    [error] = refused.json()["errors"]
+    assert (error["pointer"], error["code"]) == ("/query/wait", "unknown_field")
+    assert error["detail"] == "There is no such parameter; leave it out."
+    assert (await api.request(method, f"{path}?", json={"urls": []})).status_code in (202, 404)
+    assert (await api.get("/v1/batches?status=queued")).json()["data"] == []
+
+
 async def test_more_requests_than_it_takes_are_told_to_come_again() -> None:
     entered, leave = asyncio.Event(), asyncio.Event()
 
