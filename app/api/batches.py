@@ -129,6 +129,7 @@ class ResultsQuery(BaseModel):
             problems.MEDIA_TYPE_NOT_SUPPORTED,
             problems.INVALID_REQUEST,
             problems.TOO_MANY_JOBS,
+            problems.INVALID_PARAMETER,
             problems.IDEMPOTENCY_KEY_IN_USE,
             problems.IDEMPOTENCY_KEY_REUSED,
             problems.BUSY,

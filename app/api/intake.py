@@ -5,7 +5,7 @@ Stores nothing and resolves no name: where a URL's name leads is checked when it
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -304,23 +304,11 @@ def _request_faults(request: BatchOptions | JobRequest, place: tuple[str | int, 
         check_method("GET" if request.method is None else request.method)
     except Refused as refused:
         faults.append(Fault(pointer((*place, "method")), refused.code, refused.detail))
-    return faults + _header_faults(request.headers or {}, (*place, "headers"))
-
-
-def _header_faults(headers: dict[str, str], place: tuple[str | int, ...]) -> list[Fault]:
-    """Say what is wrong with each header, or else with all of them together."""
-    if (refused := _refused(headers.items())) is None:
-        return []
-    each = [((*place, name), found) for name, value in headers.items() if (found := _refused([(name, value)]))]
-    return [Fault(pointer(path), found.code, found.detail) for path, found in each or [(place, refused)]]
-
-
-def _refused(headers: Iterable[tuple[str, str]]) -> Refused | None:
     try:
-        check_headers(headers)
+        check_headers((request.headers or {}).items())
     except Refused as refused:
-        return refused
-    return None
+        faults.append(Fault(pointer((*place, "headers")), refused.code, refused.detail))
+    return faults
 
 
 def _new_batch(settings: BatchSettings, entries: Entries) -> NewBatch:

@@ -17,7 +17,7 @@ IfNoneMatch = Annotated[
 ]
 
 VIEWS_PER_TURN = 100
-"""Written at once, in some 5 ms, in which nothing else runs."""
+"""Written at once: of jobs in some 5 ms, in which nothing else runs."""
 
 REVALIDATE = {"Cache-Control": "private, no-cache"}
 

@@ -20,7 +20,7 @@ from app.jobs.database import Sessions
 from app.jobs.reads import Job
 
 PAGE_JOBS = 200
-"""Read in 0.01 s, in which nothing else runs."""
+"""Read in some 0.01 s, in two turns of the event loop."""
 GROUP_BYTES_MAX = 4 * 2**20
 """Of bodies that are read at once; a larger one is read alone."""
 CHUNK_BYTES = 2**18

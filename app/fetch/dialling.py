@@ -21,8 +21,6 @@ from app.fetch.trace import Trace, elapsed_ms
 from app.outcome import FailureCode
 
 DIALS_MAX = 4
-CONNECT_SHARE = 0.95
-"""Of what is left of `timeout_s`: a connection that does not stand in it is told as such, not as a slow answer."""
 
 HANDSHAKE_S = 86_400.0
 """The event loop's own limit on a handshake, put out of the way of `connect_timeout_s`."""
@@ -34,11 +32,8 @@ async def connect(
     """Connect to the first checked address that answers. Raise `Refused` or `Failed`."""
     started_at = time.monotonic()
     checked = await addresses(target, resolver, policy)
-    dialled_at = time.monotonic()
-    trace.dns_ms = None if target.is_literal else elapsed_ms(started_at, dialled_at)
-    left_s = trace.started_at + limits.timeout_s - dialled_at
-    within_s = min(limits.connect_timeout_s, max(0.0, left_s * CONNECT_SHARE))
-    return await _dial_in_turn(checked[:DIALS_MAX], target, within_s=within_s, context=context)
+    trace.dns_ms = None if target.is_literal else elapsed_ms(started_at, time.monotonic())
+    return await _dial_in_turn(checked[:DIALS_MAX], target, within_s=limits.connect_timeout_s, context=context)
 
 
 async def _dial_in_turn(checked: Sequence[str], target: Target, *, within_s: float, context: Context) -> Connection:
@@ -50,8 +45,7 @@ async def _dial_in_turn(checked: Sequence[str], target: Target, *, within_s: flo
             async with asyncio.timeout((until_at - time.monotonic()) / (len(checked) - count)):
                 return await _dial(address, target, context=context)
         except TimeoutError:
-            detail = f"TCP and TLS did not stand within {within_s:.3g} seconds."
-            failures.append(Failed(FailureCode.CONNECT_TIMEOUT, detail))
+            failures.append(Failed(FailureCode.CONNECT_TIMEOUT, "TCP and TLS did not stand in time."))
         except Failed as failure:
             failures.append(failure)
     try:

@@ -296,7 +296,8 @@ async def _jobs(rows: Result[Any]) -> list[Job]:
     jobs: list[Job] = []
     for some in rows.partitions(ROWS_PER_TURN):
         jobs += [Job(**_job_fields(row)) for row in some]
-        await asyncio.sleep(0)
+        if len(some) == ROWS_PER_TURN:
+            await asyncio.sleep(0)
     return jobs
 
 

@@ -13,6 +13,9 @@ from app.jobs.values import ClaimedJob
 ATTEMPTS_DEFAULT = 3
 ACCEPTED_DEFAULT = ("2xx",)
 
+CONNECT_SHARE = 0.9
+"""Of `timeout_s`: the most a connection may take, so that a silent host is told as such, and rests."""
+
 LIMIT_NAMES = tuple(limit.name for limit in fields(Limits))
 """The limits of a fetch; the options of a batch or job that set them have the same names, and so have the settings."""
 
@@ -29,13 +32,14 @@ class JobOptions(Struct, frozen=True, gc=False, kw_only=True):
 class SharedOptions:
     """What the jobs of a batch ask for: `asked` as the client set it, `common` merged for a job that adds nothing."""
 
+    defaults: Limits
     asked: dict[str, Any]
     common: JobOptions
 
 
 def for_batch(asked: dict[str, Any], defaults: Limits) -> SharedOptions:
     """Merge the operator's defaults and the options of a batch, once for all its jobs."""
-    return SharedOptions(asked, _merged("", asked, {}, defaults))
+    return SharedOptions(defaults, asked, _merged("", asked, {}, defaults))
 
 
 def for_job(job: ClaimedJob, batch: SharedOptions) -> JobOptions:
@@ -43,7 +47,7 @@ def for_job(job: ClaimedJob, batch: SharedOptions) -> JobOptions:
     common = batch.common
     if not job.request:
         return structs.replace(common, request=structs.replace(common.request, url=job.url))
-    return _merged(job.url, batch.asked, job.request, common.request.limits)
+    return _merged(job.url, batch.asked, job.request, batch.defaults)
 
 
 def _merged(url: str, batch: dict[str, Any], job: dict[str, Any], defaults: Limits) -> JobOptions:
@@ -86,5 +90,5 @@ def _headers(batch_options: dict[str, Any], request: dict[str, Any]) -> tuple[tu
 
 
 def _limits(asked: dict[str, Any], defaults: Limits) -> Limits:
-    set_here = {limit: asked[limit] for limit in LIMIT_NAMES if limit in asked}
-    return replace(defaults, **set_here) if set_here else defaults
+    limits = replace(defaults, **{limit: asked[limit] for limit in LIMIT_NAMES if limit in asked})
+    return replace(limits, connect_timeout_s=min(limits.connect_timeout_s, limits.timeout_s * CONNECT_SHARE))

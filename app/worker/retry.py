@@ -38,11 +38,11 @@ class SharedFailure(Struct, frozen=True, gc=False, kw_only=True):
 
     failure: Failure
     scheme: str
-    patience_s: float
+    connect_timeout_s: float
 
     def applies_to(self, request: FetchRequest) -> bool:
         """Whether this request to the same host has the same scheme, and is no more patient where that matters."""
-        is_patient = _patience_s(request) > self.patience_s
+        is_patient = request.limits.connect_timeout_s > self.connect_timeout_s
         return _scheme(request) == self.scheme and not (is_patient and self.failure.code is FailureCode.CONNECT_TIMEOUT)
 
 
@@ -94,7 +94,7 @@ def shared_failure(outcome: Outcome, request: FetchRequest, *, connect_failures:
     return SharedFailure(
         failure=Failure(code=outcome.code, detail=detail),
         scheme=_scheme(request),
-        patience_s=_patience_s(request),
+        connect_timeout_s=request.limits.connect_timeout_s,
     )
 
 
@@ -109,11 +109,6 @@ def retry_after_s(answer: Outcome) -> float | None:
 
 def _scheme(request: FetchRequest) -> str:
     return request.url.partition(":")[0]
-
-
-def _patience_s(request: FetchRequest) -> float:
-    """How long it would wait for a connection."""
-    return min(request.limits.connect_timeout_s, request.limits.timeout_s)
 
 
 def _seconds_until(value: str) -> float | None:

@@ -76,7 +76,7 @@ async def test_a_parameter_is_refused_where_there_are_none(api: httpx2.AsyncClie
     [error] = refused.json()["errors"]
     assert (error["pointer"], error["code"]) == ("/query/wait", "unknown_field")
     assert error["detail"] == "There is no such parameter; leave it out."
-    assert (await api.request(method, f"{path}?", json={"urls": []})).status_code in (202, 404)
+    assert (await api.request(method, f"{path}?&", json={"urls": []})).status_code in (202, 404)
     assert (await api.get("/v1/batches?status=queued")).json()["data"] == []
 
 

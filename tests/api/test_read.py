@@ -4,6 +4,7 @@ import asyncio
 import base64
 import gc
 import json
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from types import GeneratorType, ModuleType
@@ -43,6 +44,30 @@ async def finish(worker: Worker, reader: Reader, batch_id: UUID, *contents: byte
     await worker.release(lease)
     await reader.finish(batch_id)
     return [job.id for job in jobs]
+
+
+async def test_others_have_turns_while_a_long_page_of_jobs_is_read(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = await reader.submit(*["h.example"] * (3 * reads.ROWS_PER_TURN))
+    turn, read_in, make_job = 0, Counter[int](), reads.Job
+
+    def count(**fields: Any) -> reads.Job:
+        read_in[turn] += 1
+        return make_job(**fields)
+
+    async def take_turns() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(reads, "Job", count)
+    others = asyncio.create_task(take_turns())
+    jobs = await reader.jobs(batch_id)
+    others.cancel()
+    assert [job.position for job in jobs] == list(range(3 * reads.ROWS_PER_TURN))
+    assert max(read_in.values()) == reads.ROWS_PER_TURN
 
 
 async def test_a_batch_shows_what_came_of_it(api: httpx2.AsyncClient, reader: Reader, worker: Worker) -> None:

@@ -40,7 +40,7 @@ async def test_others_have_turns_while_a_page_is_written() -> None:
             yield Entry(number=written)
 
     writing = asyncio.create_task(reply_page(views(), cursor=None, headers={}))
-    turns = []
+    turns = [0]
     while not writing.done():
         await asyncio.sleep(0)
         turns.append(written)

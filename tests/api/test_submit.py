@@ -174,15 +174,7 @@ WRONG: list[tuple[Any, dict[str, str]]] = [
     ({"urls": [], "options": {"accept_statuses": []}}, {"/options/accept_statuses": "too_short"}),
     ({"urls": [], "options": {"method": "CONNECT"}}, {"/options/method": "method_not_allowed"}),
     ({"jobs": [{"url": URL, "method": ""}]}, {"/jobs/0/method": "method_not_allowed"}),
-    ({"urls": [], "options": {"headers": {"Host": "x"}}}, {"/options/headers/Host": "header_not_allowed"}),
-    (
-        {"urls": [], "options": {"headers": {"Host": "x", "X": "1", "a b": "c"}}},
-        {"/options/headers/Host": "header_not_allowed", "/options/headers/a b": "header_invalid"},
-    ),
-    (
-        {"urls": [], "options": {"headers": {f"X-{number}": "1" for number in range(1_000)}}},
-        {"/options/headers": "header_invalid"},
-    ),
+    ({"urls": [], "options": {"headers": {"Host": "x"}}}, {"/options/headers": "header_not_allowed"}),
     ({"urls": [], "options": {"headers": {"X": 1}}}, {"/options/headers/X": "invalid_type"}),
     ({"jobs": [5]}, {"/jobs/0": "invalid_type"}),
     ({"jobs": [{}]}, {"/jobs/0/url": "missing"}),
@@ -197,7 +189,7 @@ WRONG: list[tuple[Any, dict[str, str]]] = [
         {
             "/jobs/0/url": "scheme_not_allowed",
             "/jobs/0/method": "method_not_allowed",
-            "/jobs/0/headers/a b": "header_invalid",
+            "/jobs/0/headers": "header_invalid",
         },
     ),
     ({"urls": ["ftp://x"], "colour": 1}, {"/colour": "unknown_field", "/urls/0": "scheme_not_allowed"}),

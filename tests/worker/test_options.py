@@ -3,6 +3,8 @@
 from dataclasses import fields, replace
 from uuid import uuid4
 
+import pytest
+
 from app.api.schemas import BatchOptions, Bounds
 from app.jobs.values import ClaimedJob
 from app.settings import Settings
@@ -39,7 +41,17 @@ def test_every_limit_is_a_setting_and_an_option_with_a_bound() -> None:
 def test_an_option_of_the_batch_sets_its_limit_and_no_other() -> None:
     for name in LIMIT_NAMES:
         limits = for_job(claimed(), for_batch({name: 1}, LIMITS)).request.limits
-        assert limits == replace(LIMITS, **{name: 1})
+        assert replace(limits, connect_timeout_s=1) == replace(LIMITS, **{"connect_timeout_s": 1, name: 1})
+
+
+def test_a_connection_has_less_time_than_the_whole_fetch() -> None:
+    patient = replace(LIMITS, timeout_s=30.0, connect_timeout_s=10.0)
+    assert for_job(claimed(), for_batch({}, patient)).request.limits == patient
+    for batch, job, expected in (({"timeout_s": 5.0}, {}, 4.5), ({}, {"timeout_s": 2.0}, 1.8)):
+        limits = for_job(claimed(**job), for_batch(batch, patient)).request.limits
+        assert limits.connect_timeout_s == pytest.approx(expected)
+    limits = for_job(claimed(timeout_s=20.0), for_batch({"timeout_s": 1.0}, patient)).request.limits
+    assert limits.connect_timeout_s == 10.0
 
 
 def test_a_job_goes_before_its_batch() -> None:

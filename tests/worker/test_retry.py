@@ -147,7 +147,3 @@ def test_a_failure_is_shared_with_requests_to_the_same_port_that_are_no_more_pat
     assert not refused.applies_to(request("https://h/"))
     assert timeout.applies_to(request(connect_timeout_s=5.0))
     assert not timeout.applies_to(request(connect_timeout_s=5.1))
-    assert timeout.applies_to(request(connect_timeout_s=60.0, timeout_s=4.0))
-    in_all = retry.shared_failure(silent, request(connect_timeout_s=60.0, timeout_s=4.0), connect_failures=100)
-    assert in_all is not None
-    assert not in_all.applies_to(request(connect_timeout_s=5.0))

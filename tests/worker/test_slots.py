@@ -23,7 +23,7 @@ from tests.fetch.servers import LIMITS, LOOPBACK
 from tests.worker.test_options import claimed
 
 REFUSED = SharedFailure(
-    failure=Failure(code=FailureCode.CONNECT_REFUSED, detail="Refused."), scheme="http", patience_s=10.0
+    failure=Failure(code=FailureCode.CONNECT_REFUSED, detail="Refused."), scheme="http", connect_timeout_s=10.0
 )
 
 
