@@ -181,7 +181,12 @@ class Settings(BaseSettings):
     timeout_s_max: float = Field(
         default=300.0, ge=0.1, le=3600.0, description="Most total seconds of one attempt that a batch may ask for."
     )
-    connect_timeout_s: float = Field(default=10.0, ge=0.1, le=3600.0, description="Seconds for TCP and TLS to stand.")
+    connect_timeout_s: float = Field(
+        default=10.0,
+        ge=0.1,
+        le=3600.0,
+        description="Seconds for TCP and TLS to stand; never more than nine tenths of timeout_s.",
+    )
     read_timeout_s: float = Field(
         default=20.0, ge=0.1, le=3600.0, description="Seconds of silence before and within a response."
     )

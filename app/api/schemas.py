@@ -120,7 +120,9 @@ class BatchOptions(Strict):
     timeout_s: TimeoutS | None = Field(
         default=None, description="Total seconds of one attempt: name, connection, redirects and body together."
     )
-    connect_timeout_s: TimeoutS | None = Field(default=None, description="Seconds for TCP and TLS to stand.")
+    connect_timeout_s: TimeoutS | None = Field(
+        default=None, description="Seconds for TCP and TLS to stand; never more than nine tenths of `timeout_s`."
+    )
     read_timeout_s: TimeoutS | None = Field(
         default=None, description="Seconds of silence before and within a response."
     )

@@ -1,6 +1,6 @@
 """What one job asks for: the operator's defaults, overridden by its batch, overridden by itself."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
@@ -90,5 +90,6 @@ def _headers(batch_options: dict[str, Any], request: dict[str, Any]) -> tuple[tu
 
 
 def _limits(asked: dict[str, Any], defaults: Limits) -> Limits:
-    limits = replace(defaults, **{limit: asked[limit] for limit in LIMIT_NAMES if limit in asked})
-    return replace(limits, connect_timeout_s=min(limits.connect_timeout_s, limits.timeout_s * CONNECT_SHARE))
+    limits = {name: asked.get(name, getattr(defaults, name)) for name in LIMIT_NAMES}
+    limits["connect_timeout_s"] = min(limits["connect_timeout_s"], limits["timeout_s"] * CONNECT_SHARE)
+    return Limits(**limits)
