@@ -134,6 +134,8 @@ class ResultsQuery(BaseModel):
             problems.IDEMPOTENCY_KEY_REUSED,
             problems.BUSY,
             problems.DATABASE_UNAVAILABLE,
+            problems.OVERLOADED,
+            problems.STOPPING,
         ),
     },
     openapi_extra=examples.BATCH_REQUEST,

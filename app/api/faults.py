@@ -82,6 +82,7 @@ _FAULT_CODES = {
 
 _SENTENCES = {
     "missing": "It is missing; give it.",
+    "repeated": "It is given more than once; give it once.",
     "string_type": "It must be a string, in double quotes.",
     "int_type": "It must be a whole number.",
     "int_from_float": "It must be a whole number.",
@@ -135,7 +136,7 @@ def _unknown(name: str, known: Sequence[str], *, what: str) -> str:
     if alike := difflib.get_close_matches(name[:POINTER_PART_CHARS_MAX], known, n=2):
         return f"There is no such {what}; did you mean {' or '.join(alike)}?"
     if known:
-        return f"There is no such {what}; there are {', '.join(known)}."
+        return f"There is no such {what}; there {'are' if known[1:] else 'is'} {', '.join(known)}."
     return f"There is no such {what}; leave it out."
 
 

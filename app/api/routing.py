@@ -1,5 +1,6 @@
-"""Routes that refuse query parameters where they take none, as those that take some do by themselves."""
+"""Routes that refuse query parameters they do not have, or that are given twice."""
 
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -18,8 +19,18 @@ class StrictRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def refuse_or_handle(request: Request) -> Response:
-            if request.scope["query_string"] and (names := request.query_params.keys()):
-                raise RequestValidationError([{"type": "extra_forbidden", "loc": ("query", name)} for name in names])
+            if request.scope["query_string"]:
+                self._refuse(request)
             return await handle(request)
 
-        return handle if self.dependant.query_params else refuse_or_handle
+        return refuse_or_handle
+
+    def _refuse(self, request: Request) -> None:
+        """Raise for what FastAPI would pass over. Where there are parameters, their model refuses unknown ones."""
+        if not self.dependant.query_params:
+            wrong = [{"type": "extra_forbidden", "loc": ("query", name)} for name in request.query_params]
+        else:
+            count = Counter(name for name, _ in request.query_params.multi_items())
+            wrong = [{"type": "repeated", "loc": ("query", name)} for name in count if count[name] > 1]
+        if wrong:
+            raise RequestValidationError(wrong)

@@ -45,7 +45,9 @@ async def _dial_in_turn(checked: Sequence[str], target: Target, *, within_s: flo
             async with asyncio.timeout((until_at - time.monotonic()) / (len(checked) - count)):
                 return await _dial(address, target, context=context)
         except TimeoutError:
-            failures.append(Failed(FailureCode.CONNECT_TIMEOUT, "TCP and TLS did not stand in time."))
+            failures.append(
+                Failed(FailureCode.CONNECT_TIMEOUT, f"There was no connection within {within_s:g} seconds.")
+            )
         except Failed as failure:
             failures.append(failure)
     try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from app.fetch.connection import Connection
 from app.fetch.exchange import Exchange
 from app.fetch.head import Head
+from app.fetch.policy import Target
 from app.outcome import Evidence, Hop
 
 
@@ -18,7 +19,7 @@ class Trace:
 
     started_at: float
     sent: bool = False
-    url: str | None = None
+    target: Target | None = None
     redirects: list[Hop] = field(default_factory=list)
     dns_ms: float | None = None
     connection: Connection | None = None

@@ -80,6 +80,15 @@ async def test_a_parameter_is_refused_where_there_are_none(api: httpx2.AsyncClie
     assert (await api.get("/v1/batches?status=queued")).json()["data"] == []
 
 
+async def test_a_parameter_that_is_given_twice_is_refused(api: httpx2.AsyncClient) -> None:
+    for path in ("/v1/batches", f"{A_BATCH}/jobs"):
+        refused = await api.get(f"{path}?status=queued&limit=5&status=running")
+        assert_problem(refused, 422, "invalid_parameter")
+        [error] = refused.json()["errors"]
+        assert (error["pointer"], error["code"]) == ("/query/status", "repeated")
+        assert error["detail"] == "It is given more than once; give it once."
+
+
 async def test_more_requests_than_it_takes_are_told_to_come_again() -> None:
     entered, leave = asyncio.Event(), asyncio.Event()
 
