@@ -231,8 +231,6 @@ def _failure(code: FailureCode, detail: str, trace: Trace) -> Failure:
     if code in BLOCKED:
         return Failure(code=code, detail=detail, sent=trace.sent, evidence=Evidence(redirects=tuple(trace.redirects)))
     head, target = trace.head, trace.target
-    if target is not None and trace.redirects and trace.redirects[-1].url != target.url:
-        detail = f"After a redirect, at {target.host}: {detail}"
     failure = Failure(code=code, detail=detail, sent=trace.sent, evidence=trace.evidence(now=time.monotonic()))
     if head is None or target is None:
         return failure

@@ -443,23 +443,6 @@ async def test_a_short_redirect_body_keeps_the_connection() -> None:
     assert server.visits == 1
 
 
-async def test_a_failure_after_a_redirect_names_the_host_that_failed() -> None:
-    async with serve(always(page())) as gone:
-        elsewhere = gone.url()
-    async with serve(always(redirect(elsewhere))) as server, transport_to() as transport:
-        after = failed(await fetch(asking(server.url()), transport=transport))
-        at_once = failed(await fetch(asking(elsewhere), transport=transport))
-    assert after.detail == f"After a redirect, at 127.0.0.1:{gone.port}: {at_once.detail}"
-    assert (after.code, at_once.code) == (FailureCode.CONNECT_REFUSED, FailureCode.CONNECT_REFUSED)
-
-
-async def test_a_redirect_that_cannot_be_followed_is_not_told_as_one_that_was() -> None:
-    outcome, _ = await fetch_over({"/": redirect("/next", "307 Temporary Redirect"), "/next": redirect("")})
-    assert failed(outcome).detail.startswith("After a redirect, at ")
-    outcome, _ = await fetch_over({"/": redirect("")})
-    assert failed(outcome).detail.startswith("The redirect has")
-
-
 # Changing places.
 
 
