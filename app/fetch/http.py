@@ -116,7 +116,7 @@ async def _follow_redirects(
 
 async def _send(step: Step, limits: Limits, transport: Transport, *, trace: Trace) -> Answer:
     """Send one request and wait for the head of its answer."""
-    trace.target = step.target
+    trace.url = step.target.url
     fields = _fields(step, transport.user_agent)
     request = Request(step.method, step.target, fields=fields, content=step.body or b"", limits=limits, trace=trace)
     return await transport.handle_async_request(request)
@@ -230,8 +230,7 @@ def _values(headers: Headers, wanted: str) -> list[str]:
 def _failure(code: FailureCode, detail: str, trace: Trace) -> Failure:
     if code in BLOCKED:
         return Failure(code=code, detail=detail, sent=trace.sent, evidence=Evidence(redirects=tuple(trace.redirects)))
-    head, target = trace.head, trace.target
     failure = Failure(code=code, detail=detail, sent=trace.sent, evidence=trace.evidence(now=time.monotonic()))
-    if head is None or target is None:
+    if (head := trace.head) is None:
         return failure
-    return structs.replace(failure, status=head.status, headers=head.fields, final_url=target.url)
+    return structs.replace(failure, status=head.status, headers=head.fields, final_url=trace.url)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from app.fetch.connection import Connection
 from app.fetch.exchange import Exchange
 from app.fetch.head import Head
-from app.fetch.policy import Target
 from app.outcome import Evidence, Hop
 
 
@@ -19,7 +18,7 @@ class Trace:
 
     started_at: float
     sent: bool = False
-    target: Target | None = None
+    url: str | None = None
     redirects: list[Hop] = field(default_factory=list)
     dns_ms: float | None = None
     connection: Connection | None = None
