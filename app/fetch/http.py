@@ -49,6 +49,7 @@ BLOCKED = frozenset(
 """Codes after which neither an address nor a timing is told: both would map the network behind this service."""
 
 Move = Callable[[str], Awaitable[None]]
+OnConnection = Callable[[], None]
 Headers = tuple[tuple[str, str], ...]
 
 logger = logging.getLogger(__name__)
@@ -74,12 +75,19 @@ class Step(Struct, frozen=True, gc=False):
     body: bytes | None
 
 
-async def fetch(request: FetchRequest, *, transport: Transport, move: Move | None = None) -> Outcome:
+async def fetch(
+    request: FetchRequest,
+    *,
+    transport: Transport,
+    move: Move | None = None,
+    on_connection: OnConnection | None = None,
+) -> Outcome:
     """Fetch one URL and say what came of it; raises nothing but `CancelledError`.
 
     `move(host)` is awaited before a redirect is followed to another politeness key; the deadline covers it.
+    `on_connection()` is called once a connection to the URL's own host stands.
     """
-    trace = Trace(time.monotonic())
+    trace = Trace(time.monotonic(), on_connection)
     try:
         with transport.deadlines.within(request.limits.timeout_s):  # DNS to body and decoding
             return await _follow_redirects(request, transport, move, trace=trace)

@@ -4,6 +4,7 @@ Its times are those of `time.monotonic`, which the event loop's follows: up to P
 running, for its time, is a system call (getpid).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from app.fetch.connection import Connection
@@ -14,9 +15,13 @@ from app.outcome import Evidence, Hop
 
 @dataclass(slots=True)
 class Trace:
-    """What is known of a fetch while it runs; the steps are those of the current hop."""
+    """What is known of a fetch while it runs; the steps are those of the current hop.
+
+    `on_connection` is called once, when the first connection stands: that to the host of the request itself.
+    """
 
     started_at: float
+    on_connection: Callable[[], None] | None = None
     sent: bool = False
     url: str | None = None
     redirects: list[Hop] = field(default_factory=list)
@@ -25,6 +30,13 @@ class Trace:
     exchange: Exchange | None = None
     reused: bool = False
     body_bytes: int = 0
+
+    def note_connection(self, connection: Connection) -> None:
+        """Note over which connection the current hop goes."""
+        self.connection = connection
+        if self.on_connection is not None:
+            self.on_connection()
+            self.on_connection = None
 
     def next_hop(self, hop: Hop) -> None:
         """Note a redirect and forget the steps that led to it."""

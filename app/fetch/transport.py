@@ -199,7 +199,7 @@ class Transport(httpx2.AsyncBaseTransport):
 
 async def _ask(connection: Connection, content: bytes, method: str, *, limits: Limits, trace: Trace) -> Head:
     """Send a request and wait for the head of its answer."""
-    trace.connection = connection
+    trace.note_connection(connection)
     trace.exchange = connection.start(content, method=method, limits=limits)
     trace.sent = True
     try:

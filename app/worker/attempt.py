@@ -2,12 +2,11 @@
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from msgspec import json
 
-from app.fetch.http import fetch
+from app.fetch.http import Move, OnConnection, fetch
 from app.fetch.transport import Transport
 from app.jobs import bodies
 from app.jobs.values import NO_EVIDENCE, ClaimedJob, Result, Returned
@@ -22,10 +21,10 @@ CUT_OFF_WHEN = {
 
 
 async def run(
-    job: ClaimedJob, options: JobOptions, *, transport: Transport, move: Callable[[str], Awaitable[None]]
+    job: ClaimedJob, options: JobOptions, *, transport: Transport, move: Move, on_connection: OnConnection | None
 ) -> tuple[Outcome, Result]:
     """Fetch once; return the outcome and the result to store. Raises nothing but `CancelledError`."""
-    outcome = await fetch(options.request, transport=transport, move=move)
+    outcome = await fetch(options.request, transport=transport, move=move, on_connection=on_connection)
     verdict = _decide(job, options, outcome)
     return outcome, await _result(job, outcome, verdict, places=transport.decoders.places)
 

@@ -9,6 +9,9 @@ from app.jobs.leases import BackOff
 from app.jobs.values import ClaimedJob, Lease
 from app.worker.retry import SharedFailure
 
+TRY_S = 0.5
+"""A host that has not been connected to for so long at the first fetch of a turn is likely silent."""
+
 TURN_S = 5.0
 TURN_JOBS_MAX = 200
 """While other hosts are due, a host is given back after this long or this many jobs."""
@@ -32,6 +35,7 @@ class Hold:
     At `stops_at`, a moment before an unrenewed lease ends, nothing starts any more and what runs is cancelled.
     `unrecorded` counts results not yet stored: releasing the host before them would have their jobs rescued.
     `shared_failure` is what the last try met, where it applies to other jobs that are due before the next one.
+    `is_tried` once a fetch was connected here, or has ended: until then there is one at a time.
     """
 
     lease: Lease
@@ -49,6 +53,7 @@ class Hold:
     back_offs: int = 0
     connect_failures: int = 0
     shared_failure: SharedFailure | None = None
+    is_tried: bool = False
     is_dry: bool = False
     is_ready: bool = False
     is_ending: bool = False
@@ -80,14 +85,14 @@ class Hold:
     def wanted(self, now: float) -> int:
         """How many more jobs to claim: those to start within `AHEAD_S`, at least one a place; 0 when well supplied.
 
-        Of a host that rests long none; where they share what the last one met, at most `TURN_JOBS_MAX`,
-        those not yet stored included.
+        Of a host that rests long, or is just being tried, none; where they share what the last one met, at most
+        `TURN_JOBS_MAX`, those not yet stored included.
         """
         if self.is_dry or self.is_ending or self.is_lost:
             return 0
         if self.failure_to_share(now) is not None:
             return TURN_JOBS_MAX - len(self.waiting) - self.unrecorded
-        if self.is_asleep(now):
+        if self.is_asleep(now) or (self.running and not self.is_tried):
             return 0
         ahead = self._expected_starts(now)
         have = len(self.waiting)

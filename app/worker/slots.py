@@ -8,6 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -20,7 +21,7 @@ from app.jobs.ids import shard_of_host
 from app.jobs.values import ClaimedJob, Result, Returned
 from app.outcome import Failure, FailureCode, Outcome
 from app.worker import attempt, options, retry
-from app.worker.holds import Hold, Holds, Places, Seat
+from app.worker.holds import TRY_S, Hold, Holds, Places, Seat
 from app.worker.options import SharedOptions
 from app.worker.recorder import Recorder
 from app.worker.retry import SharedFailure
@@ -208,7 +209,7 @@ class Slots:
             self.unknown.add(batch_id)
             self._wake()
             return False
-        if hold.back_offs and hold.running:
+        if hold.running and (hold.back_offs or not hold.is_tried):
             return False  # one at a time, until one gets through
         if hold.waiting[0].is_suspect:
             return self._convict_or_await(hold)
@@ -260,6 +261,21 @@ class Slots:
         task = self._loop.create_task(self._run_job(hold, job, self._options[job.batch_id], seat))
         hold.running[task] = job
         task.add_done_callback(lambda task: self._end_job(hold, seat, task))
+        if hold.waiting and not hold.is_tried:
+            self._loop.call_later(TRY_S, self._give_up_waiting, hold)
+
+    def _note_connection(self, hold: Hold) -> None:
+        """The host is there: others may start beside its first fetch."""
+        hold.is_tried = True
+        self.make_ready(hold)
+        self.start_ready()
+
+    def _give_up_waiting(self, hold: Hold) -> None:
+        """Let go of what waits for a host that seems to be silent, so that others may be claimed in its place."""
+        if not hold.is_tried and hold.waiting:
+            self.return_waiting(hold)
+            hold.is_dry = False
+            self._wake()
 
     def _resume(self, hold: Hold) -> None:
         hold.is_ready = False
@@ -271,7 +287,10 @@ class Slots:
     async def _run_job(self, hold: Hold, job: ClaimedJob, batch: SharedOptions, seat: Seat) -> None:
         started_at = time.monotonic()
         asked = options.for_job(job, batch)
-        outcome, result = await attempt.run(job, asked, transport=self._transport, move=seat.move)
+        on_connection = None if hold.is_tried else partial(self._note_connection, hold)
+        outcome, result = await attempt.run(
+            job, asked, transport=self._transport, move=seat.move, on_connection=on_connection
+        )
         self._note_host(hold, outcome, asked.request, started_at=started_at)
         if hold.shared_failure is not None:  # not to share what it has met itself
             delay_s = max(result.delay_s, hold.sharing_delay_s(time.monotonic()))
@@ -285,6 +304,7 @@ class Slots:
             self._suspect = None
             self.make_ready(hold)
         hold.ended_count += 1
+        hold.is_tried = True
         self.make_ready(hold)
         self.running_count -= 1
         seat.leave()

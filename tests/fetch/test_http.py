@@ -478,6 +478,24 @@ async def test_the_deadline_covers_waiting_for_a_place() -> None:
     assert len(outcome.evidence.redirects) == 1
 
 
+async def test_it_is_told_when_the_first_connection_stands_and_no_later() -> None:
+    told: list[tuple[int, int]] = []
+    async with serve(always(page())) as other:
+
+        async def script(visit: Visit) -> None:
+            await visit.asked()
+            told_before.append(len(told))
+            visit.send(redirect(other.url()))
+
+        told_before: list[int] = []
+        async with serve(script) as server, transport_to() as transport:
+            on_connection = lambda: told.append((server.visits, other.visits))  # noqa: E731
+            ok(await fetch(asking(server.url()), transport=transport, on_connection=on_connection))
+            assert (told_before, len(told)) == ([1], 1)
+            ok(await fetch(asking(other.url()), transport=transport, on_connection=on_connection))
+        assert (len(told), other.visits) == (2, 1)  # a kept one counts as well
+
+
 # The deadline, cancelling, and our own faults.
 
 

@@ -7,9 +7,13 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
+from app.fetch import transport
+from app.fetch.connection import Connection
+from app.fetch.dialling import connect
 from app.fetch.http import fetch
+from app.fetch.limits import Failed
 from app.jobs.database import Sessions
-from app.outcome import Outcome
+from app.outcome import FailureCode, Outcome
 from app.worker import attempt, retry
 from tests.waiting import until
 from tests.web import Answer, Site, serving
@@ -52,7 +56,7 @@ async def test_each_try_at_a_dead_host_counts_for_all_its_jobs(service: Service,
         batch_id = await service.submit(*(gone.url(f"/{number}") for number in range(300)), max_attempts=2)
         batch = await service.finished(batch_id)
     assert (batch.counts.failed, batch.errors) == (300, {"connect_refused": 300})
-    assert len(tried) == 5  # as many as a host may have at once, and after its rest one
+    assert len(tried) == 2  # one for all, and after the host's rest another one
     jobs = await service.jobs(batch_id)
     assert {job.attempts for job in jobs} == {2}
     untried = next(job for job in jobs if job.url not in tried)
@@ -67,7 +71,7 @@ async def test_a_host_that_comes_back_gets_all_its_jobs(service: Service, gone: 
     async with service.worker(host_concurrency=4):
         batch_id = await service.submit(*(gone.url(f"/{number}") for number in range(50)))
         await until(lambda: _all_wait(service, batch_id))
-        assert len(tried) == 4
+        assert len(tried) == 1
         async with serving(port=gone.port) as site:
             assert (await service.finished(batch_id)).counts.succeeded == 50
             assert sum(site.hits.values()) == 50
@@ -90,7 +94,7 @@ async def test_pages_by_https_are_not_charged_with_what_http_met(
     async with service.worker(host_concurrency=4):
         batch_id = await service.submit(*plain, *secure, max_attempts=1)
         assert (await service.finished(batch_id)).errors == {"connect_refused": 40}
-    assert sum(url.startswith("http:") for url in tried) == 4
+    assert sum(url.startswith("http:") for url in tried) == 1
     assert any(url.startswith("https:") for url in tried)
 
 
@@ -154,3 +158,61 @@ async def test_a_worker_has_at_most_five_jobs_for_each_slot_though_all_hosts_res
                 most = max(most, pool._slots.running_count + pool._slots.waiting_count)
                 await asyncio.sleep(0.002)
         assert 4 < most <= 20
+
+
+@pytest.fixture
+def wakes(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Until it is set, addresses of 127.0.1.0/24 are silent."""
+    event = asyncio.Event()
+
+    async def connect_late(target: Any, **others: Any) -> Connection:
+        if target.host.startswith("127.0.1."):
+            await event.wait()
+        return await connect(target, **others)
+
+    monkeypatch.setattr(transport, "connect", connect_late)
+    return event
+
+
+@pytest.mark.usefixtures("wakes")
+async def test_silent_hosts_leave_all_but_one_of_their_slots_to_others(service: Service, tried: list[str]) -> None:
+    async with serving() as site, service.worker(slots=8, host_concurrency=4):
+        urls = [site.url(f"/{number}", address=f"127.0.1.{number % 7 + 1}") for number in range(7 * 4)]
+        silent = await service.submit(*urls)
+        await until(lambda: _are_tried(tried, 7))
+        live = await service.submit(site.url("/live/1"), site.url("/live/2"))
+        assert (await service.finished(live)).counts.succeeded == 2
+        assert (await service.read(silent)).counts.running == len(tried) - 2 == 7
+
+
+async def test_what_was_put_back_for_a_silent_host_runs_once_it_is_there(
+    service: Service, tried: list[str], wakes: asyncio.Event
+) -> None:
+    async with serving() as site, service.worker(host_concurrency=4):
+        batch_id = await service.submit(*(site.url(f"/held/{number}", address="127.0.1.1") for number in range(8)))
+        batch = await service.until(batch_id, lambda batch: batch.counts.queued == 7 and len(tried) == 1)
+        assert batch.counts.running == 1
+        wakes.set()
+        await site.wait_for_hits(4)  # before any of them is answered
+        assert len(tried) == 4
+        site.gate.set()
+        assert (await service.finished(batch_id)).counts.succeeded == 8
+        assert {job.attempts for job in await service.jobs(batch_id)} == {1}
+
+
+async def test_a_first_fetch_that_ends_unconnected_lets_others_start(
+    service: Service, tried: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def connect_in_vain(_: Any, **others: Any) -> Connection:
+        if len(tried) > 1:
+            await asyncio.Event().wait()
+        raise Failed(FailureCode.TLS_HANDSHAKE_FAILED, "Not this one.")
+
+    monkeypatch.setattr(transport, "connect", connect_in_vain)
+    async with service.worker(host_concurrency=4):
+        await service.submit(*(f"https://127.0.0.1/{number}" for number in range(8)), max_attempts=1)
+        await until(lambda: _are_tried(tried, 5))
+
+
+async def _are_tried(tried: list[str], count: int) -> bool:
+    return len(tried) == count
