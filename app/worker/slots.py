@@ -269,6 +269,7 @@ class Slots:
         hold.is_tried = True
         self.make_ready(hold)
         self.start_ready()
+        self._wake()  # more of its jobs may be claimed now
 
     def _give_up_waiting(self, hold: Hold) -> None:
         """Let go of what waits for a host that seems to be silent, so that others may be claimed in its place."""

@@ -14,7 +14,7 @@ from app.fetch.http import fetch
 from app.fetch.limits import Failed
 from app.jobs.database import Sessions
 from app.outcome import FailureCode, Outcome
-from app.worker import attempt, retry
+from app.worker import attempt, pool, retry
 from tests.waiting import until
 from tests.web import Answer, Site, serving
 from tests.worker.conftest import Service
@@ -150,12 +150,12 @@ async def test_a_worker_has_at_most_five_jobs_for_each_slot_though_all_hosts_res
     monkeypatch.setattr(retry, "BACK_OFF_FIRST_S", 1.5)
     monkeypatch.setattr(retry, "CONNECT_FAILURES_SHARED", 100)
     urls = [gone.url(f"/{number}", address=f"127.0.1.{number % 50 + 1}") for number in range(400)]
-    async with service.worker(slots=4, host_concurrency=4) as pool:
+    async with service.worker(slots=4, host_concurrency=4) as worker:
         await service.submit(*urls, max_attempts=10)
         most = 0
         async with asyncio.timeout(30):
             while len(tried) < 100:
-                most = max(most, pool._slots.running_count + pool._slots.waiting_count)
+                most = max(most, worker._slots.running_count + worker._slots.waiting_count)
                 await asyncio.sleep(0.002)
         assert 4 < most <= 20
 
@@ -186,18 +186,27 @@ async def test_silent_hosts_leave_all_but_one_of_their_slots_to_others(service: 
 
 
 async def test_what_was_put_back_for_a_silent_host_runs_once_it_is_there(
-    service: Service, tried: list[str], wakes: asyncio.Event
+    service: Service, tried: list[str], wakes: asyncio.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with serving() as site, service.worker(host_concurrency=4):
+    monkeypatch.setattr(pool, "POLL_S", 60.0)
+    monkeypatch.setattr(pool, "BEAT_S", 60.0)  # so that only the connection itself makes it look for more
+    async with serving() as site:
         batch_id = await service.submit(*(site.url(f"/held/{number}", address="127.0.1.1") for number in range(8)))
-        batch = await service.until(batch_id, lambda batch: batch.counts.queued == 7 and len(tried) == 1)
-        assert batch.counts.running == 1
-        wakes.set()
-        await site.wait_for_hits(4)  # before any of them is answered
-        assert len(tried) == 4
-        site.gate.set()
-        assert (await service.finished(batch_id)).counts.succeeded == 8
-        assert {job.attempts for job in await service.jobs(batch_id)} == {1}
+        async with service.worker(host_concurrency=4, lease_s=120.0):
+            await _runs_once_it_is_there(service, batch_id, site, tried=tried, wakes=wakes)
+
+
+async def _runs_once_it_is_there(
+    service: Service, batch_id: UUID, site: Site, *, tried: list[str], wakes: asyncio.Event
+) -> None:
+    batch = await service.until(batch_id, lambda batch: batch.counts.queued == 7 and len(tried) == 1)
+    assert batch.counts.running == 1
+    wakes.set()
+    await site.wait_for_hits(4)  # before any of them is answered
+    assert len(tried) == 4
+    site.gate.set()
+    assert (await service.finished(batch_id)).counts.succeeded == 8
+    assert {job.attempts for job in await service.jobs(batch_id)} == {1}
 
 
 async def test_a_first_fetch_that_ends_unconnected_lets_others_start(
