@@ -193,20 +193,14 @@ async def test_what_was_put_back_for_a_silent_host_runs_once_it_is_there(
     async with serving() as site:
         batch_id = await service.submit(*(site.url(f"/held/{number}", address="127.0.1.1") for number in range(8)))
         async with service.worker(host_concurrency=4, lease_s=120.0):
-            await _runs_once_it_is_there(service, batch_id, site, tried=tried, wakes=wakes)
-
-
-async def _runs_once_it_is_there(
-    service: Service, batch_id: UUID, site: Site, *, tried: list[str], wakes: asyncio.Event
-) -> None:
-    batch = await service.until(batch_id, lambda batch: batch.counts.queued == 7 and len(tried) == 1)
-    assert batch.counts.running == 1
-    wakes.set()
-    await site.wait_for_hits(4)  # before any of them is answered
-    assert len(tried) == 4
-    site.gate.set()
-    assert (await service.finished(batch_id)).counts.succeeded == 8
-    assert {job.attempts for job in await service.jobs(batch_id)} == {1}
+            batch = await service.until(batch_id, lambda batch: batch.counts.queued == 7 and len(tried) == 1)
+            assert batch.counts.running == 1
+            wakes.set()
+            await site.wait_for_hits(4)  # before any of them is answered
+            assert len(tried) == 4
+            site.gate.set()
+            assert (await service.finished(batch_id)).counts.succeeded == 8
+            assert {job.attempts for job in await service.jobs(batch_id)} == {1}
 
 
 async def test_a_first_fetch_that_ends_unconnected_lets_others_start(
