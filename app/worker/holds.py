@@ -9,9 +9,6 @@ from app.jobs.leases import BackOff
 from app.jobs.values import ClaimedJob, Lease
 from app.worker.retry import SharedFailure
 
-TRY_S = 0.5
-"""A host that has not been connected to for so long at the first fetch of a turn is likely silent."""
-
 TURN_S = 5.0
 TURN_JOBS_MAX = 200
 """While other hosts are due, a host is given back after this long or this many jobs."""
@@ -136,6 +133,10 @@ class Hold:
         self.backed_off_at = now
         self.back_offs += 1
         self.connect_failures = 0 if answered else self.connect_failures + 1
+
+    def put_off(self, now: float, delay_s: float) -> None:
+        """Leave the host to whoever claims it later; that says nothing of it."""
+        self.next_start_at = max(self.next_start_at, now + delay_s)
 
     def share(self, now: float, failure: SharedFailure) -> None:
         """Have the jobs that are due share a failure, for a turn at least, until the host's next try."""

@@ -229,11 +229,11 @@ class Pool:
         room = self._room()
         if now < self._may_claim_at or room <= 0 or not self._may_take():
             return
-        settings = self._settings
+        settings, jobs_each = self._settings, self._first_of_each
         self._is_hinted = False
         # at rest: finding nothing takes one round trip like this, and three by a claim
         due_s = 0.0 if self._holds else await self._find_next_due_s()
-        claimed = await self._claim_due(room) if due_s <= 0 else {}
+        claimed = await self._claim_due(room, jobs_each) if due_s <= 0 else {}
         if due_s <= 0 and not claimed:
             due_s = await self._find_next_due_s()
         shortest_s = self._shortest_pause_s(is_beaten=due_s <= 0 and not claimed)
@@ -245,7 +245,7 @@ class Pool:
         was_cut = sum(len(jobs) for jobs in claimed.values()) >= room
         for lease, jobs in claimed.items():
             hold = self._keeper.hold(lease, now, concurrency=settings.host_concurrency, delay_s=settings.host_delay_s)
-            hold.is_dry = _found_all(jobs, wanted=lease.first_jobs(self._first_of_each)) and not was_cut
+            hold.is_dry = _found_all(jobs, wanted=lease.first_jobs(jobs_each)) and not was_cut
             self._slots.supply(hold, jobs)
 
     def _shortest_pause_s(self, *, is_beaten: bool) -> float:
@@ -255,10 +255,11 @@ class Pool:
 
     @property
     def _first_of_each(self) -> int:
-        """Jobs to claim together with a host: those that can start at once."""
-        return 1 if self._settings.host_delay_s else self._settings.host_concurrency
+        """Jobs to claim together with a host: those that can start at once, or the one that tries it."""
+        is_one = self._settings.host_delay_s or self._slots.are_mostly_silent
+        return 1 if is_one else self._settings.host_concurrency
 
-    async def _claim_due(self, room: int) -> dict[Lease, list[ClaimedJob]]:
+    async def _claim_due(self, room: int, jobs_each: int) -> dict[Lease, list[ClaimedJob]]:
         settings = self._settings
         async with self._sessions.begin() as session:
             return await queue.claim(
@@ -266,7 +267,7 @@ class Pool:
                 self._identity.id,
                 hosts_max=room,
                 jobs_max=room,
-                jobs_per_host=self._first_of_each,
+                jobs_per_host=jobs_each,
                 lease_s=settings.lease_s,
             )
 

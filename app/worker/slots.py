@@ -21,12 +21,18 @@ from app.jobs.ids import shard_of_host
 from app.jobs.values import ClaimedJob, Result, Returned
 from app.outcome import Failure, FailureCode, Outcome
 from app.worker import attempt, options, retry
-from app.worker.holds import TRY_S, Hold, Holds, Places, Seat
+from app.worker.holds import Hold, Holds, Places, Seat
 from app.worker.options import SharedOptions
 from app.worker.recorder import Recorder
 from app.worker.retry import SharedFailure
 
 BATCH_OPTIONS_MAX = 1_000
+TRY_S = 0.5
+"""A host that has not been connected to for so long at the first fetch after its claim is likely silent."""
+SILENT_SHARE_MAX = 0.75
+"""Of the slots, what silent hosts may keep for as long as a connection may take. Those beyond it are put off."""
+PUT_OFF_S = 10.0
+"""How long. With less, a thousand silent hosts are due again before other work has had its turn."""
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +66,7 @@ class Slots:
         self._options: dict[UUID, SharedOptions] = {}
         self._cancelled: set[UUID] = set()
         self._suspect: Hold | None = None
+        self._silent: set[asyncio.Task[None]] = set()
         self.unknown: set[UUID] = set()
         """Batches whose options are to be learned; their jobs wait for it."""
         self.returned: list[tuple[Hold, Returned]] = []
@@ -71,6 +78,11 @@ class Slots:
     def is_full(self) -> bool:
         """Whether each slot has a fetch."""
         return self.running_count >= self._count
+
+    @property
+    def are_mostly_silent(self) -> bool:
+        """Whether silent hosts have all the slots that they may keep."""
+        return len(self._silent) >= max(1, int(self._count * SILENT_SHARE_MAX))
 
     # Jobs that come, and that go again before they started
 
@@ -261,22 +273,33 @@ class Slots:
         task = self._loop.create_task(self._run_job(hold, job, self._options[job.batch_id], seat))
         hold.running[task] = job
         task.add_done_callback(lambda task: self._end_job(hold, seat, task))
-        if hold.waiting and not hold.is_tried:
-            self._loop.call_later(TRY_S, self._give_up_waiting, hold)
+        if not hold.is_tried:
+            self._loop.call_later(TRY_S, self._note_silence, hold, task)
 
     def _note_connection(self, hold: Hold) -> None:
-        """The host is there: others may start beside its first fetch."""
+        """The host is there: others may start beside its first fetch, though not within it."""
         hold.is_tried = True
+        self._silent.difference_update(hold.running)
         self.make_ready(hold)
-        self.start_ready()
+        self._loop.call_soon(self.start_ready)
         self._wake()  # more of its jobs may be claimed now
 
-    def _give_up_waiting(self, hold: Hold) -> None:
-        """Let go of what waits for a host that seems to be silent, so that others may be claimed in its place."""
-        if not hold.is_tried and hold.waiting:
+    def _note_silence(self, hold: Hold, first: asyncio.Task[None]) -> None:
+        """Let go of what waits for a host that seems to be silent, so that others may be claimed in its place.
+
+        Where too many are silent, let go of its fetch as well, and try again later.
+        """
+        if hold.is_tried or first not in hold.running:
+            return
+        if self.are_mostly_silent:
+            hold.put_off(time.monotonic(), PUT_OFF_S)
+            first.cancel()
+        else:
+            self._silent.add(first)
+        if hold.waiting:
             self.return_waiting(hold)
             hold.is_dry = False
-            self._wake()
+        self._wake()
 
     def _resume(self, hold: Hold) -> None:
         hold.is_ready = False
@@ -304,8 +327,9 @@ class Slots:
         if job.is_suspect:
             self._suspect = None
             self.make_ready(hold)
+        self._silent.discard(task)
         hold.ended_count += 1
-        hold.is_tried = True
+        hold.is_tried = hold.is_tried or not task.cancelled()
         self.make_ready(hold)
         self.running_count -= 1
         seat.leave()
@@ -325,10 +349,12 @@ class Slots:
             self._recorder.hurry()
 
     def _settle_cancelled(self, hold: Hold, job: ClaimedJob) -> None:
-        """This worker cancelled the fetch: for the client, because the lease is lost, or at the end of the grace."""
+        """This worker cut the fetch off: for the client, as the lease is lost, after the grace, or to put it off."""
         code = FailureCode.LEASE_LOST if hold.is_lost else FailureCode.SHUTDOWN_INTERRUPTED
         if job.batch_id in self._cancelled:
             self._offer(hold, attempt.cancelled(job, was_running=True))
+        elif not hold.is_tried:
+            self._return(hold, [Returned(job=job)])  # nothing was sent
         elif job.repeatable:
             self._return(hold, [attempt.returned(job, code)])
         else:

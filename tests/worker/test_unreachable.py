@@ -12,9 +12,10 @@ from app.fetch.connection import Connection
 from app.fetch.dialling import connect
 from app.fetch.http import fetch
 from app.fetch.limits import Failed
+from app.jobs import batches
 from app.jobs.database import Sessions
 from app.outcome import FailureCode, Outcome
-from app.worker import attempt, pool, retry
+from app.worker import attempt, pool, retry, slots
 from tests.waiting import until
 from tests.web import Answer, Site, serving
 from tests.worker.conftest import Service
@@ -185,6 +186,21 @@ async def test_silent_hosts_leave_all_but_one_of_their_slots_to_others(service: 
         assert (await service.read(silent)).counts.running == len(tried) - 2 == 7
 
 
+async def test_silent_hosts_never_have_all_slots(
+    service: Service, tried: list[str], wakes: asyncio.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slots, "PUT_OFF_S", REST_S)
+    async with serving() as site, service.worker(slots=4, host_concurrency=4):
+        urls = [site.url(f"/{number}", address=f"127.0.1.{number % 10 + 1}") for number in range(20)]
+        silent = await service.submit(*urls, max_attempts=1)
+        live = await service.submit(site.url("/live/1"), site.url("/live/2"))
+        assert (await service.finished(live)).counts.succeeded == 2
+        await until(lambda: len({*tried}) == 10 + 2)  # of each host its first
+        wakes.set()
+        assert (await service.finished(silent)).counts.succeeded == 20
+        assert {job.attempts for job in await service.jobs(silent)} == {1}
+
+
 async def test_what_was_put_back_for_a_silent_host_runs_once_it_is_there(
     service: Service, tried: list[str], wakes: asyncio.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +231,35 @@ async def test_a_first_fetch_that_ends_unconnected_lets_others_start(
     async with service.worker(host_concurrency=4):
         await service.submit(*(f"https://127.0.0.1/{number}" for number in range(8)), max_attempts=1)
         await until(lambda: _are_tried(tried, 5))
+
+
+@pytest.mark.usefixtures("wakes")
+async def test_a_try_that_its_client_cancels_does_not_let_others_start(
+    service: Service, sessions: Sessions, tried: list[str]
+) -> None:
+    async with serving() as site, service.worker(host_concurrency=4):
+        first = await service.submit(site.url("/first", address="127.0.1.1"))
+        await until(lambda: _are_tried(tried, 1))
+        await service.submit(*(site.url(f"/{number}", address="127.0.1.1") for number in range(8)))
+        async with sessions.begin() as session:
+            await batches.cancel(session, first)
+        await service.finished(first)
+        await until(lambda: _are_tried(tried, 2))  # and not at once five
+
+
+async def test_what_was_not_sent_is_put_back_when_its_worker_stops_though_it_must_not_be_repeated(
+    service: Service, tried: list[str], wakes: asyncio.Event
+) -> None:
+    async with serving() as site:
+        async with service.worker() as worker:
+            url = site.url("/pay", address="127.0.1.1")
+            batch_id = await service.submit(url, request={"method": "POST", "body": "pay"})
+            await until(lambda: _are_tried(tried, 1))
+            worker.stop()
+        wakes.set()
+        async with service.worker():
+            assert (await service.finished(batch_id)).counts.succeeded == 1
+        assert sum(site.hits.values()) == 1
 
 
 async def _are_tried(tried: list[str], count: int) -> bool:
