@@ -20,10 +20,13 @@ from app.api.replies import IfNoneMatch, Representation, reply, reply_page, repr
 from app.api.routing import StrictRoute
 from app.api.schemas import (
     BATCH_ID_EXAMPLE,
+    CUSTOM_ID_CHARS_MAX,
     FINISHED_BATCH,
+    NAME_CHARS_MAX,
     BatchPage,
     BatchStatus,
     BatchView,
+    FinishedStatus,
     JobPage,
     JobStatus,
     batch_view,
@@ -75,6 +78,9 @@ class BatchesQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     status: BatchStatus | None = Field(default=None, description="Only batches of this status.")
+    name: str | None = Field(
+        default=None, pattern=rf"^[^\x00]{{0,{NAME_CHARS_MAX}}}$", description="Only batches of exactly this name."
+    )
     limit: int = Field(default=50, ge=1, le=BATCHES_PAGE_MAX, description="Most batches of one page.")
     cursor: str | None = Field(
         default=None, pattern=paging.CURSOR_PATTERN, description="`next_cursor` of the page before."
@@ -92,6 +98,11 @@ class JobsQuery(BaseModel):
     host: str | None = Field(
         default=None, pattern=r"^[!-~]{1,300}$", description="Only jobs of this host, as jobs show it."
     )
+    custom_id: str | None = Field(
+        default=None,
+        pattern=rf"^[^\x00]{{0,{CUSTOM_ID_CHARS_MAX}}}$",
+        description="Only jobs with exactly this `custom_id`.",
+    )
     limit: int = Field(default=100, ge=1, le=JOBS_PAGE_MAX, description="Most jobs of one page.")
     cursor: str | None = Field(
         default=None, pattern=paging.CURSOR_PATTERN, description="`next_cursor` of the page before."
@@ -99,11 +110,20 @@ class JobsQuery(BaseModel):
 
 
 class ResultsQuery(BaseModel):
-    """What the results show."""
+    """Which results to stream, and what they show."""
 
     model_config = ConfigDict(extra="forbid")
 
-    include: Literal["body"] | None = Field(default=None, description="`body`: each line has the body as well.")
+    include: Literal["body", "headers", "body,headers", "headers,body"] | None = Field(
+        default=None, description="What each line has as well: the body, the headers of the response, or both."
+    )
+    status: FinishedStatus | None = Field(default=None, description="Only jobs of this status.")
+    after: int = Field(
+        default=-1,
+        ge=-1,
+        le=paging.POSITION_MAX,
+        description="Only jobs behind this `position`: that of the last whole line of a stream that broke off.",
+    )
 
 
 @router.post(
@@ -167,7 +187,9 @@ async def list_batches(request: Request, query: Annotated[BatchesQuery, Query()]
     before = paging.read_batch_cursor(query.cursor)
     async with context_of(request).sessions.begin() as session:
         # One more than the page, to know whether there is another.
-        found = await reads.list_batches(session, limit=query.limit + 1, before=before, status=query.status)
+        found = await reads.list_batches(
+            session, limit=query.limit + 1, before=before, status=query.status, name=query.name
+        )
     shown = found[: query.limit]
     cursor = paging.batch_cursor(shown[-1].id) if len(found) > query.limit else None
     links = paging.next_link("/v1/batches", _given(query), cursor)
@@ -220,7 +242,7 @@ async def get_batch(
 async def list_batch_jobs(batch_id: BatchId, request: Request, query: Annotated[JobsQuery, Query()]) -> Response:
     """Show a page of jobs."""
     after = paging.read_job_cursor(query.cursor)
-    where = reads.JobFilter(status=query.status, error=query.error, http_status=query.http_status, host=query.host)
+    where = reads.JobFilter(**query.model_dump(exclude={"limit", "cursor"}))
     async with context_of(request).sessions.begin() as session:
         await _require(session, batch_id)
         found = await reads.list_jobs(session, batch_id, after=after, limit=query.limit + 1, where=where)
@@ -248,8 +270,15 @@ async def stream_batch_results(
     """Stream what is finished."""
     async with context_of(request).sessions.begin() as session:
         batch = await _require(session, batch_id)
-    sessions, with_bodies = context_of(request).sessions, query.include == "body"
-    lines = results.stream(sessions, batch_id, total=batch.counts.total, with_bodies=with_bodies)
+    included = (query.include or "").split(",")
+    lines = results.stream(
+        context_of(request).sessions,
+        batch_id,
+        positions=range(query.after + 1, batch.counts.total),
+        status=query.status,
+        with_headers="headers" in included,
+        with_bodies="body" in included,
+    )
     return results.Lines(lines, media_type="application/x-ndjson")
 
 

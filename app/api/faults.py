@@ -54,6 +54,7 @@ def pointer(parts: Iterable[str | int]) -> str:
 
 _FAULT_CODES = {
     "extra_forbidden": "unknown_field",
+    "wait_forbidden": "unknown_field",
     "missing": "missing",
     "string_type": "invalid_type",
     "int_type": "invalid_type",
@@ -81,6 +82,7 @@ _FAULT_CODES = {
 """Pydantic's error types in the API's own words, so that they stay when pydantic changes; others pass as they are."""
 
 _SENTENCES = {
+    "wait_forbidden": "There is no such parameter; to wait, send the header Prefer: wait=30.",
     "missing": "It is missing; give it.",
     "repeated": "It is given more than once; give it once.",
     "string_type": "It must be a string, in double quotes.",
@@ -110,7 +112,9 @@ _SENTENCES = {
 FORMS = {
     "Idempotency-Key": "It must be 1 to 255 visible ASCII characters without spaces, best a UUID.",
     "cursor": "It must be next_cursor of the page before, unchanged; leave it out for the first page.",
+    "custom_id": "It must be a custom_id as jobs show it, at most 200 characters long.",
     "host": "It must be a host as jobs show it, such as example.com or example.com:8080.",
+    "name": "It must be a name as batches show it, at most 200 characters long.",
 }
 """How parameters are written whose form is a pattern, which pydantic would show."""
 

@@ -49,16 +49,25 @@ class Lines(StreamingResponse):
                 logger.warning("Results are broken off: their batch was deleted")
 
 
-async def stream(sessions: Sessions, batch_id: UUID, *, total: int, with_bodies: bool) -> AsyncGenerator[bytes]:
-    """Write a line for every job of the `total` that is finished when its turn comes, in the order they were given.
+async def stream(
+    sessions: Sessions,
+    batch_id: UUID,
+    *,
+    positions: range,
+    status: str | None = None,
+    with_headers: bool = False,
+    with_bodies: bool = False,
+) -> AsyncGenerator[bytes]:
+    """Write a line for every job at these positions that is finished when its turn comes, in the order they were given.
 
     Raises `BatchGone`, so that the client of a batch that is deleted meanwhile sees that this is not all.
     """
-    for start in range(0, total, PAGE_JOBS):
+    for start in positions[::PAGE_JOBS]:
         async with sessions.begin() as session:
-            jobs = await reads.list_finished(session, batch_id, start=start, stop=start + PAGE_JOBS)
+            jobs = await reads.list_finished(session, batch_id, start=start, stop=start + PAGE_JOBS, status=status)
         for group in _groups(jobs) if with_bodies else [jobs]:
-            with closing(_lines(group, await _bodies(sessions, group) if with_bodies else None)) as pieces:
+            bodies = await _bodies(sessions, group) if with_bodies else None
+            with closing(_lines(group, bodies, with_headers=with_headers)) as pieces:
                 while chunk := _next_chunk(pieces):
                     yield chunk
                     await asyncio.sleep(0)
@@ -97,10 +106,13 @@ def _next_chunk(pieces: Iterator[bytes]) -> bytes:
     return b"".join(taken)
 
 
-def _lines(jobs: Sequence[Job], bodies: Mapping[UUID, bytes] | None) -> Generator[bytes]:
+def _lines(jobs: Sequence[Job], bodies: Mapping[UUID, bytes] | None, *, with_headers: bool) -> Generator[bytes]:
     """Make the lines, in pieces; with the bodies where these are given."""
     for job in jobs:
         yield _in_one_line(job_view(job).model_dump_json().encode())[:-1]
+        if with_headers:
+            headers = None if job.http_status is None else job.headers
+            yield b',"response_headers":' + _in_one_line(json.encode(headers))
         if bodies is not None:
             yield from _body_members(bodies[job.id] if job.body_sha256 else None)
         yield b"}\n"

@@ -28,9 +28,13 @@ class StrictRoute(APIRoute):
     def _refuse(self, request: Request) -> None:
         """Raise for what FastAPI would pass over. Where there are parameters, their model refuses unknown ones."""
         if not self.dependant.query_params:
-            wrong = [{"type": "extra_forbidden", "loc": ("query", name)} for name in request.query_params]
+            wrong = [{"type": self._why_forbidden(name), "loc": ("query", name)} for name in request.query_params]
         else:
             count = Counter(name for name, _ in request.query_params.multi_items())
             wrong = [{"type": "repeated", "loc": ("query", name)} for name in count if count[name] > 1]
         if wrong:
             raise RequestValidationError(wrong)
+
+    def _why_forbidden(self, name: str) -> str:
+        can_wait = any(field.alias == "Prefer" for field in self.dependant.header_params)
+        return "wait_forbidden" if name == "wait" and can_wait else "extra_forbidden"

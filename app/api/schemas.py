@@ -28,6 +28,7 @@ SKIPPED_SHOWN_MAX = 100
 
 BatchStatus = Literal["queued", "running", "completed", "cancelled"]
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+FinishedStatus = Literal["succeeded", "failed", "cancelled"]
 FINISHED_BATCH = frozenset({"completed", "cancelled"})
 
 BATCH_ID_EXAMPLE = UUID("0198f2c1-b5e0-7d3c-9a4b-e1c02f6d7a10")
@@ -400,10 +401,14 @@ class JobDetailView(JobView):
 
 
 class ResultView(JobView):
-    """One line of the results: a finished job; with `include=body` also its body, as text or as Base64."""
+    """One line of the results: a finished job, and of its response what `include` asks for."""
 
-    body_text: str | None = Field(default=None, description="The body, when it is UTF-8. Only with include=body.")
-    body_base64: str | None = Field(default=None, description="The body, when it is not. Only with include=body.")
+    response_headers: list[tuple[str, str]] | None = Field(
+        default=None,
+        description="Name and value of each response header, in order; null without a response. Only if included.",
+    )
+    body_text: str | None = Field(default=None, description="The body, when it is UTF-8. Only if included.")
+    body_base64: str | None = Field(default=None, description="The body, when it is not. Only if included.")
 
 
 class HealthView(BaseModel):

@@ -62,7 +62,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A job as lists show it; `attempts` are those charged to the client, `run_at` is given while it waits."""
+    """A job as lists show it; `attempts` are those charged to the client, `run_at` is given while it waits.
+
+    `headers` are those of the response, their values as JSON text; none where no response came.
+    """
 
     id: UUID
     batch_id: UUID
@@ -84,6 +87,7 @@ class Job:
     wire_bytes: int | None
     total_ms: float | None
     content_type: str | None
+    headers: list[tuple[str, Raw]]
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -129,6 +133,7 @@ class JobFilter:
     error: str | None = None
     http_status: int | None = None
     host: str | None = None
+    custom_id: str | None = None
 
 
 # All of a batch in one statement, for a poll is one round trip: at most 256 rows of counts, and as many of each
@@ -164,6 +169,7 @@ MANY_BATCHES = text(f"""
     {BATCH_WITH_COUNTS}
     WHERE batch.deleted_at IS NULL AND (CAST(:before AS uuid) IS NULL OR batch.id < :before)
         AND (CAST(:status AS text) IS NULL OR batch.status = :status)
+        AND (CAST(:name AS text) IS NULL OR batch.name = :name)
     ORDER BY batch.id DESC LIMIT :limit
 """)
 
@@ -181,10 +187,16 @@ async def poll_batch(driver: asyncpg.Connection, batch_id: UUID) -> Batch | None
 
 
 async def list_batches(
-    session: AsyncSession, *, limit: int, before: UUID | None = None, status: str | None = None
+    session: AsyncSession,
+    *,
+    limit: int,
+    before: UUID | None = None,
+    status: str | None = None,
+    name: str | None = None,
 ) -> list[Batch]:
     """List batches, newest first; `before` is the id of the last one of the page before."""
-    rows = await session.execute(MANY_BATCHES, {"limit": limit, "before": before, "status": status})
+    values = {"limit": limit, "before": before, "status": status, "name": name}
+    rows = await session.execute(MANY_BATCHES, values)
     return [_batch(row) for row in rows.mappings()]
 
 
@@ -238,6 +250,7 @@ MANY_JOBS = text(f"""
             AND (CAST(:error AS text) IS NULL OR job.error = :error)
             AND (CAST(:http_status AS int) IS NULL OR job.http_status = :http_status)
             AND (CAST(:host AS text) IS NULL OR job.host = :host)
+            AND (CAST(:custom_id AS text) IS NULL OR job.custom_id = :custom_id)
         OFFSET 0
     ) AS job
     CROSS JOIN LATERAL (SELECT * FROM batch WHERE batch.id = job.batch_id AND deleted_at IS NULL OFFSET 0) AS batch
@@ -249,6 +262,7 @@ FINISHED_JOBS = text(f"""
     CROSS JOIN LATERAL (
         SELECT * FROM job WHERE job.shard = listed.shard AND job.id = listed.id
             AND job.position >= :start AND job.position < :stop AND job.finished_at IS NOT NULL
+            AND (CAST(:status AS text) IS NULL OR job.status = :status)
         OFFSET 0
     ) AS job
     CROSS JOIN LATERAL (SELECT * FROM batch WHERE batch.id = job.batch_id AND deleted_at IS NULL OFFSET 0) AS batch
@@ -281,14 +295,18 @@ async def list_jobs(
             "error": where.error,
             "http_status": where.http_status,
             "host": where.host,
+            "custom_id": where.custom_id,
         },
     )
     return await _jobs(rows)
 
 
-async def list_finished(session: AsyncSession, batch_id: UUID, *, start: int, stop: int) -> list[Job]:
+async def list_finished(
+    session: AsyncSession, batch_id: UUID, *, start: int, stop: int, status: str | None = None
+) -> list[Job]:
     """List the finished jobs at positions `start` to `stop - 1`, in order. Where few are finished it costs little."""
-    rows = await session.execute(FINISHED_JOBS, {"batch_id": batch_id, "start": start, "stop": stop})
+    values = {"batch_id": batch_id, "start": start, "stop": stop, "status": status}
+    rows = await session.execute(FINISHED_JOBS, values)
     return await _jobs(rows)
 
 
@@ -329,6 +347,7 @@ def _job_fields(row: Row[Any]) -> dict[str, Any]:
     fields["wire_bytes"] = evidence.wire_bytes if is_finished else None
     fields["total_ms"] = evidence.total_ms if is_finished else None
     fields["content_type"] = _content_type(evidence)
+    fields["headers"] = evidence.headers
     # stored only where it is not the job's own
     fields["final_url"] = evidence.final_url or (row.url if row.http_status is not None else None)
     return fields

@@ -71,13 +71,23 @@ async def test_a_method_that_is_not_taken_is_told_which_are(api: httpx2.AsyncCli
     ],
 )
 async def test_a_parameter_is_refused_where_there_are_none(api: httpx2.AsyncClient, method: str, path: str) -> None:
-    refused = await api.request(method, f"{path}?wait=30", json={"urls": ["https://h.example/"]})
+    refused = await api.request(method, f"{path}?colour=red", json={"urls": ["https://h.example/"]})
     assert_problem(refused, 422, "invalid_parameter")
     [error] = refused.json()["errors"]
-    assert (error["pointer"], error["code"]) == ("/query/wait", "unknown_field")
+    assert (error["pointer"], error["code"]) == ("/query/colour", "unknown_field")
     assert error["detail"] == "There is no such parameter; leave it out."
     assert (await api.request(method, f"{path}?&", json={"urls": []})).status_code in (202, 404)
     assert (await api.get("/v1/batches?status=queued")).json()["data"] == []
+
+
+async def test_a_wait_among_the_parameters_is_told_its_header_where_there_is_one(api: httpx2.AsyncClient) -> None:
+    for method, path in (("POST", "/v1/batches"), ("GET", A_BATCH)):
+        refused = await api.request(method, f"{path}?wait=30", json={"urls": ["https://h.example/"]})
+        [error] = refused.json()["errors"]
+        assert (error["pointer"], error["code"]) == ("/query/wait", "unknown_field")
+        assert error["detail"] == "There is no such parameter; to wait, send the header Prefer: wait=30."
+    [error] = (await api.get(f"/v1/jobs/{uuid4()}?wait=30")).json()["errors"]
+    assert error["detail"] == "There is no such parameter; leave it out."
 
 
 async def test_a_parameter_that_is_given_twice_is_refused(api: httpx2.AsyncClient) -> None:

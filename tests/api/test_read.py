@@ -241,6 +241,43 @@ async def test_results_are_a_line_for_each_finished_job(
     assert {name for name in textual if not name.startswith("body_")} == lines[0].keys() - {"body_sha256", "body_bytes"}
 
 
+async def test_results_show_the_headers_of_each_response_if_asked_to(
+    api: httpx2.AsyncClient, reader: Reader, worker: Worker, sessions: Sessions
+) -> None:
+    batch_id = await reader.submit(*["h.example"] * 2)
+    await finish(worker, reader, batch_id, b"page", None)
+    headers = [["Set-Cookie", "a=1"], ["Set-Cookie", "b=\u2028"]]
+    async with sessions.begin() as session:
+        evidence = json.dumps({"headers": headers})
+        await session.execute(text("UPDATE job SET evidence = :evidence WHERE position = 0"), {"evidence": evidence})
+    path = f"/v1/batches/{batch_id}/results"
+    for included in ("headers", "body,headers", "headers,body"):
+        response = await api.get(path, params={"include": included})
+        page, none = [json.loads(line) for line in response.text.splitlines()]
+        assert (page["response_headers"], none["response_headers"]) == (headers, None)
+        assert ("body_text" in page) == ("body" in included)
+
+
+async def test_results_of_one_status_and_those_behind_a_position(
+    api: httpx2.AsyncClient, reader: Reader, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "PAGE_JOBS", 2)
+    batch_id = await reader.submit(*["h.example"] * 7)
+    await finish(worker, reader, batch_id, b"0", None, b"2", b"3", None, b"5", b"6")
+    for query, positions in {
+        "status=succeeded": [0, 2, 3, 5, 6],
+        "status=failed": [1, 4],
+        "status=cancelled": [],
+        "after=2": [3, 4, 5, 6],
+        "after=2&status=failed": [4],
+        "after=6": [],
+        "after=2147483647": [],
+        "after=-1": [0, 1, 2, 3, 4, 5, 6],
+    }.items():
+        response = await api.get(f"/v1/batches/{batch_id}/results?{query}")
+        assert [json.loads(line)["position"] for line in response.text.splitlines()] == positions, query
+
+
 async def test_results_go_on_over_pages_and_pieces(
     api: httpx2.AsyncClient, reader: Reader, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,7 +300,7 @@ async def test_results_break_off_when_their_batch_is_deleted(
     batch_id = await reader.submit("h.example", "h.example")
     await finish(worker, reader, batch_id, b"one", b"two")
     jobs = await reader.jobs(batch_id)
-    async with aclosing(results.stream(sessions, batch_id, total=2, with_bodies=True)) as lines:
+    async with aclosing(results.stream(sessions, batch_id, positions=range(2), with_bodies=True)) as lines:
         assert json.loads(await anext(lines))["body_text"] == "one"
         assert (await api.delete(f"/v1/batches/{batch_id}")).status_code == 204
         with pytest.raises(reads.BatchGone):
@@ -298,7 +335,7 @@ async def test_a_page_of_results_with_bodies_takes_two_statements(
         statements.append(statement)
 
     event.listen(sessions.kw["bind"].sync_engine, "before_cursor_execute", note)
-    chunks = [chunk async for chunk in results.stream(sessions, batch_id, total=20, with_bodies=True)]
+    chunks = [chunk async for chunk in results.stream(sessions, batch_id, positions=range(20), with_bodies=True)]
     assert b"".join(chunks).count(b"\n") == 20
     assert len(statements) == 3
 
@@ -444,6 +481,30 @@ async def test_wrong_parameters_are_named(api: httpx2.AsyncClient, reader: Reade
         response = await api.get(f"/v1/batches/{batch_id}/jobs?{query}")
         assert (response.status_code, response.json()["code"]) == (422, "invalid_parameter"), query
         assert response.json()["errors"][0]["pointer"] == "/query/" + query.partition("=")[0]
+
+
+async def test_wrong_parameters_of_results_are_named(api: httpx2.AsyncClient, reader: Reader) -> None:
+    batch_id = await reader.submit("h.example")
+    for query in ("include=", "include=head", "status=queued", "after=-2", "after=2147483648", "after=x", "limit=1"):
+        response = await api.get(f"/v1/batches/{batch_id}/results?{query}")
+        assert (response.status_code, response.json()["code"]) == (422, "invalid_parameter"), query
+        assert response.json()["errors"][0]["pointer"] == "/query/" + query.partition("=")[0]
+
+
+async def test_batches_and_jobs_are_found_by_the_client_s_own_names(api: httpx2.AsyncClient) -> None:
+    jobs = [{"url": f"http://h.example/{number}", "custom_id": f"no. {number % 2}"} for number in range(5)]
+    named = await api.post("/v1/batches", json={"name": "caf\u00e9 & co.", "jobs": jobs})
+    await api.post("/v1/batches", json={"name": "other", "urls": []})
+    found = (await api.get("/v1/batches", params={"name": "caf\u00e9 & co."})).json()["data"]
+    assert [batch["id"] for batch in found] == [named.json()["id"]]
+    assert (await api.get("/v1/batches", params={"name": "caf"})).json()["data"] == []
+    path, positions = f"/v1/batches/{named.json()['id']}/jobs", []
+    first = await api.get(path, params={"custom_id": "no. 0", "limit": 2})
+    for response in (first, await api.get(first.links["next"]["url"])):
+        positions += [job["position"] for job in response.json()["data"]]
+    assert positions == [0, 2, 4]
+    for wrong in ("/v1/batches?name=%00", "/v1/batches?name=" + "x" * 201, f"{path}?custom_id=%00"):
+        assert (await api.get(wrong)).status_code == 422, wrong
 
 
 async def test_foreign_cursors_are_refused(api: httpx2.AsyncClient, reader: Reader) -> None:

@@ -118,6 +118,7 @@ PAGE = {
     "error": None,
     "http_status": None,
     "host": None,
+    "custom_id": None,
 }
 BATCHES = {"ids": [uuid4() for _ in range(20)]}
 
@@ -188,9 +189,9 @@ STATEMENTS: list[tuple[str, TextClause, Mapping[str, Any]]] = [
     ("lock bodies", batches.LOCK_BODIES, {"shards": [1], "sha256s": [b"1" * 32]}),
     ("erase bodies", batches.ERASE_BODIES, {"shards": [1], "sha256s": [b"1" * 32], "counts": [1]}),
     ("read a batch", reads.ONE_BATCH, {"id": uuid4()}),
-    ("list batches", reads.MANY_BATCHES, {"limit": 50, "before": uuid4(), "status": None}),
+    ("list batches", reads.MANY_BATCHES, {"limit": 50, "before": uuid4(), "status": None, "name": None}),
     ("list jobs", reads.MANY_JOBS, PAGE),
-    ("list finished jobs", reads.FINISHED_JOBS, {"batch_id": uuid4(), "start": 0, "stop": 500}),
+    ("list finished jobs", reads.FINISHED_JOBS, {"batch_id": uuid4(), "start": 0, "stop": 500, "status": None}),
     ("read a job", reads.ONE_JOB, {"shard": 1, "id": uuid4()}),
     ("read attempts", reads.ATTEMPTS, {"shard": 1, "id": uuid4()}),
     ("read a body", reads.ONE_BODY, {"shard": 1, "id": uuid4()}),
