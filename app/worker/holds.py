@@ -32,7 +32,8 @@ class Hold:
     At `stops_at`, a moment before an unrenewed lease ends, nothing starts any more and what runs is cancelled.
     `unrecorded` counts results not yet stored: releasing the host before them would have their jobs rescued.
     `shared_failure` is what the last try met, where it applies to other jobs that are due before the next one.
-    `is_tried` once a fetch was connected here, or has ended: until then there is one at a time.
+    `is_connected` once a connection stood: until then nothing was sent. `is_tried` once it is, or a fetch has ended:
+    until then there is one at a time.
     """
 
     lease: Lease
@@ -50,6 +51,7 @@ class Hold:
     back_offs: int = 0
     connect_failures: int = 0
     shared_failure: SharedFailure | None = None
+    is_connected: bool = False
     is_tried: bool = False
     is_dry: bool = False
     is_ready: bool = False

@@ -28,7 +28,7 @@ from app.worker.retry import SharedFailure
 
 BATCH_OPTIONS_MAX = 1_000
 TRY_S = 0.5
-"""A host that has not been connected to for so long at the first fetch after its claim is likely silent."""
+"""A host without any connection since its claim is likely silent once a fetch there has run for so long."""
 SILENT_SHARE_MAX = 0.75
 """Of the slots, what silent hosts may keep for as long as a connection may take. Those beyond it are put off."""
 PUT_OFF_S = 10.0
@@ -273,30 +273,30 @@ class Slots:
         task = self._loop.create_task(self._run_job(hold, job, self._options[job.batch_id], seat))
         hold.running[task] = job
         task.add_done_callback(lambda task: self._end_job(hold, seat, task))
-        if not hold.is_tried:
+        if not hold.is_connected:
             self._loop.call_later(TRY_S, self._note_silence, hold, task)
 
     def _note_connection(self, hold: Hold) -> None:
         """The host is there: others may start beside its first fetch, though not within it."""
-        hold.is_tried = True
+        hold.is_connected = hold.is_tried = True
         self._silent.difference_update(hold.running)
         self.make_ready(hold)
         self._loop.call_soon(self.start_ready)
         self._wake()  # more of its jobs may be claimed now
 
-    def _note_silence(self, hold: Hold, first: asyncio.Task[None]) -> None:
+    def _note_silence(self, hold: Hold, task: asyncio.Task[None]) -> None:
         """Let go of what waits for a host that seems to be silent, so that others may be claimed in its place.
 
         Where too many are silent, let go of its fetch as well, and try again later.
         """
-        if hold.is_tried or first not in hold.running:
+        if hold.is_connected or task.done() or task not in hold.running:
             return
         if self.are_mostly_silent:
             hold.put_off(time.monotonic(), PUT_OFF_S)
-            first.cancel()
+            task.cancel()
         else:
-            self._silent.add(first)
-        if hold.waiting:
+            self._silent.add(task)
+        if hold.waiting and not hold.is_tried:
             self.return_waiting(hold)
             hold.is_dry = False
         self._wake()
@@ -311,7 +311,7 @@ class Slots:
     async def _run_job(self, hold: Hold, job: ClaimedJob, batch: SharedOptions, seat: Seat) -> None:
         started_at = time.monotonic()
         asked = options.for_job(job, batch)
-        on_connection = None if hold.is_tried else partial(self._note_connection, hold)
+        on_connection = None if hold.is_connected else partial(self._note_connection, hold)
         outcome, result = await attempt.run(
             job, asked, transport=self._transport, move=seat.move, on_connection=on_connection
         )
@@ -353,7 +353,7 @@ class Slots:
         code = FailureCode.LEASE_LOST if hold.is_lost else FailureCode.SHUTDOWN_INTERRUPTED
         if job.batch_id in self._cancelled:
             self._offer(hold, attempt.cancelled(job, was_running=True))
-        elif not hold.is_tried:
+        elif not hold.is_connected:
             self._return(hold, [Returned(job=job)])  # nothing was sent
         elif job.repeatable:
             self._return(hold, [attempt.returned(job, code)])

@@ -201,6 +201,28 @@ async def test_silent_hosts_never_have_all_slots(
         assert {job.attempts for job in await service.jobs(silent)} == {1}
 
 
+async def test_hosts_that_are_silent_at_their_second_try_leave_slots_as_well(
+    service: Service, tried: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "BACK_OFF_FIRST_S", 1.0)  # so that they are kept
+    monkeypatch.setattr(retry, "CONNECT_FAILURES_SHARED", 100)
+
+    async def connect_in_vain(target: Any, **others: Any) -> Connection:
+        if not target.host.startswith("127.0.1."):
+            return await connect(target, **others)
+        if len(tried) > 4:
+            await asyncio.Event().wait()
+        raise Failed(FailureCode.CONNECT_TIMEOUT, "Nobody there.")
+
+    monkeypatch.setattr(transport, "connect", connect_in_vain)
+    async with serving() as site, service.worker(slots=4, host_concurrency=1):
+        addresses = [f"127.0.1.{number + 1}" for number in range(4)]
+        await service.submit(*(site.url(f"/{number}", address=each) for number in range(4) for each in addresses))
+        await until(lambda: _are_tried(tried, 8))
+        live = await service.submit(site.url("/live"))
+        assert (await service.finished(live)).counts.succeeded == 1
+
+
 async def test_what_was_put_back_for_a_silent_host_runs_once_it_is_there(
     service: Service, tried: list[str], wakes: asyncio.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
