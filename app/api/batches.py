@@ -20,15 +20,15 @@ from app.api.replies import IfNoneMatch, Representation, reply, reply_page, repr
 from app.api.routing import StrictRoute
 from app.api.schemas import (
     BATCH_ID_EXAMPLE,
-    CUSTOM_ID_CHARS_MAX,
     FINISHED_BATCH,
-    NAME_CHARS_MAX,
     BatchPage,
     BatchStatus,
     BatchView,
+    CustomId,
     FinishedStatus,
     JobPage,
     JobStatus,
+    Name,
     batch_view,
     job_view,
 )
@@ -44,6 +44,7 @@ BATCHES_PAGE_MAX = 200
 JOBS_PAGE_MAX = 1_000
 HINT_TIMEOUT_S = 2.0
 COMMIT_TRIES_MAX = 3
+NO_NUL = r"^[^\x00]*$"
 LOOK_AGAIN = {"Retry-After": "1"}
 """After how many seconds an unfinished batch is worth another look."""
 
@@ -78,9 +79,7 @@ class BatchesQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     status: BatchStatus | None = Field(default=None, description="Only batches of this status.")
-    name: str | None = Field(
-        default=None, pattern=rf"^[^\x00]{{0,{NAME_CHARS_MAX}}}$", description="Only batches of exactly this name."
-    )
+    name: Name | None = Field(default=None, pattern=NO_NUL, description="Only batches of exactly this name.")
     limit: int = Field(default=50, ge=1, le=BATCHES_PAGE_MAX, description="Most batches of one page.")
     cursor: str | None = Field(
         default=None, pattern=paging.CURSOR_PATTERN, description="`next_cursor` of the page before."
@@ -98,10 +97,8 @@ class JobsQuery(BaseModel):
     host: str | None = Field(
         default=None, pattern=r"^[!-~]{1,300}$", description="Only jobs of this host, as jobs show it."
     )
-    custom_id: str | None = Field(
-        default=None,
-        pattern=rf"^[^\x00]{{0,{CUSTOM_ID_CHARS_MAX}}}$",
-        description="Only jobs with exactly this `custom_id`.",
+    custom_id: CustomId | None = Field(
+        default=None, pattern=NO_NUL, description="Only jobs with exactly this `custom_id`."
     )
     limit: int = Field(default=100, ge=1, le=JOBS_PAGE_MAX, description="Most jobs of one page.")
     cursor: str | None = Field(
@@ -115,14 +112,16 @@ class ResultsQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     include: Literal["body", "headers", "body,headers", "headers,body"] | None = Field(
-        default=None, description="What each line has as well: the body, the headers of the response, or both."
+        default=None,
+        description="What each line has as well: `body`, the response's `headers`, or both: `body,headers`.",
     )
     status: FinishedStatus | None = Field(default=None, description="Only jobs of this status.")
     after: int = Field(
         default=-1,
         ge=-1,
         le=paging.POSITION_MAX,
-        description="Only jobs behind this `position`: that of the last whole line of a stream that broke off.",
+        description="Only jobs behind this `position`: that of the last whole line of a stream that broke off. Of an "
+        "unfinished batch, jobs before it may have finished since: they are not shown.",
     )
 
 
@@ -270,11 +269,12 @@ async def stream_batch_results(
     """Stream what is finished."""
     async with context_of(request).sessions.begin() as session:
         batch = await _require(session, batch_id)
-    included = (query.include or "").split(",")
+    included = query.include or ""
     lines = results.stream(
         context_of(request).sessions,
         batch_id,
-        positions=range(query.after + 1, batch.counts.total),
+        total=batch.counts.total,
+        after=query.after,
         status=query.status,
         with_headers="headers" in included,
         with_bodies="body" in included,

@@ -84,7 +84,7 @@ _FAULT_CODES = {
 _SENTENCES = {
     "wait_forbidden": "There is no such parameter; to wait, send the header Prefer: wait=30.",
     "missing": "It is missing; give it.",
-    "repeated": "It is given more than once; give it once.",
+    "repeated": "It is given more than once; give it once, several values with commas between.",
     "string_type": "It must be a string, in double quotes.",
     "int_type": "It must be a whole number.",
     "int_from_float": "It must be a whole number.",
@@ -112,9 +112,9 @@ _SENTENCES = {
 FORMS = {
     "Idempotency-Key": "It must be 1 to 255 visible ASCII characters without spaces, best a UUID.",
     "cursor": "It must be next_cursor of the page before, unchanged; leave it out for the first page.",
-    "custom_id": "It must be a custom_id as jobs show it, at most 200 characters long.",
+    "custom_id": UNSTORABLE,
     "host": "It must be a host as jobs show it, such as example.com or example.com:8080.",
-    "name": "It must be a name as batches show it, at most 200 characters long.",
+    "name": UNSTORABLE,
 }
 """How parameters are written whose form is a pattern, which pydantic would show."""
 

@@ -1,5 +1,7 @@
 """The results of a batch as a stream of JSON lines, a page of jobs and some megabytes of bodies in memory at a time.
 
+With headers, where these are asked for, a page has what its servers sent: some KiB a job, `header_bytes_max` at most.
+
 No transaction is open while bytes move to the client, and the event loop has a turn after each chunk.
 """
 
@@ -53,18 +55,22 @@ async def stream(
     sessions: Sessions,
     batch_id: UUID,
     *,
-    positions: range,
+    total: int,
+    after: int = -1,
     status: str | None = None,
     with_headers: bool = False,
     with_bodies: bool = False,
 ) -> AsyncGenerator[bytes]:
-    """Write a line for every job at these positions that is finished when its turn comes, in the order they were given.
+    """Write a line for every job of the `total` that is finished when its turn comes, in the order they were given.
 
+    Begins behind the position `after`.
     Raises `BatchGone`, so that the client of a batch that is deleted meanwhile sees that this is not all.
     """
-    for start in positions[::PAGE_JOBS]:
+    for start in range(after + 1, total, PAGE_JOBS):
         async with sessions.begin() as session:
-            jobs = await reads.list_finished(session, batch_id, start=start, stop=start + PAGE_JOBS, status=status)
+            jobs = await reads.list_finished(
+                session, batch_id, start=start, stop=start + PAGE_JOBS, status=status, with_headers=with_headers
+            )
         for group in _groups(jobs) if with_bodies else [jobs]:
             bodies = await _bodies(sessions, group) if with_bodies else None
             with closing(_lines(group, bodies, with_headers=with_headers)) as pieces:
@@ -111,8 +117,7 @@ def _lines(jobs: Sequence[Job], bodies: Mapping[UUID, bytes] | None, *, with_hea
     for job in jobs:
         yield _in_one_line(job_view(job).model_dump_json().encode())[:-1]
         if with_headers:
-            headers = None if job.http_status is None else job.headers
-            yield b',"response_headers":' + _in_one_line(json.encode(headers))
+            yield b',"response_headers":' + _in_one_line(json.encode(job.headers))
         if bodies is not None:
             yield from _body_members(bodies[job.id] if job.body_sha256 else None)
         yield b"}\n"

@@ -181,7 +181,7 @@ class JobRequest(Strict):
     timeout_s: TimeoutS | None = Field(default=None, description="Total seconds of one attempt.")
     max_attempts: MaxAttempts | None = Field(default=None, description="Most tries of this job.")
     custom_id: CustomId | None = Field(
-        default=None, description="A name of your own, shown with the job; two may have the same."
+        default=None, description="A name of your own, by which jobs can be found; two may have the same."
     )
     metadata: Metadata | None = Field(default=None, description="Anything of your own, shown with the job.")
 
@@ -189,7 +189,7 @@ class JobRequest(Strict):
 class BatchSettings(Strict):
     """All of a submitted batch but its jobs."""
 
-    name: Name | None = Field(default=None, description="A name of your own, for people.")
+    name: Name | None = Field(default=None, description="A name of your own, by which lists can be filtered.")
     metadata: Metadata | None = Field(default=None, description="Anything of your own, shown with the batch.")
     options: BatchOptions | None = Field(default=None, description="How its jobs are fetched.")
     on_invalid: Literal["reject", "skip"] = Field(

@@ -6,7 +6,7 @@ counting jobs, so that a batch of a million costs what one of ten does.
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
@@ -64,7 +64,7 @@ class Batch:
 class Job:
     """A job as lists show it; `attempts` are those charged to the client, `run_at` is given while it waits.
 
-    `headers` are those of the response, their values as JSON text; none where no response came.
+    `headers` are those of the response, their values as JSON text: only where they were asked for, and one came.
     """
 
     id: UUID
@@ -87,7 +87,7 @@ class Job:
     wire_bytes: int | None
     total_ms: float | None
     content_type: str | None
-    headers: list[tuple[str, Raw]]
+    headers: list[tuple[str, Raw]] | None = None
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -285,35 +285,28 @@ async def list_jobs(
     session: AsyncSession, batch_id: UUID, *, after: int = -1, limit: int, where: JobFilter
 ) -> list[Job]:
     """List a batch's jobs in the order they were given; `after` is the position of the last one seen."""
-    rows = await session.execute(
-        MANY_JOBS,
-        {
-            "batch_id": batch_id,
-            "after": after,
-            "limit": limit,
-            "status": where.status,
-            "error": where.error,
-            "http_status": where.http_status,
-            "host": where.host,
-            "custom_id": where.custom_id,
-        },
-    )
-    return await _jobs(rows)
+    values = {"batch_id": batch_id, "after": after, "limit": limit, **asdict(where)}
+    return await _jobs(await session.execute(MANY_JOBS, values))
 
 
 async def list_finished(
-    session: AsyncSession, batch_id: UUID, *, start: int, stop: int, status: str | None = None
+    session: AsyncSession,
+    batch_id: UUID,
+    *,
+    start: int,
+    stop: int,
+    status: str | None = None,
+    with_headers: bool = False,
 ) -> list[Job]:
     """List the finished jobs at positions `start` to `stop - 1`, in order. Where few are finished it costs little."""
     values = {"batch_id": batch_id, "start": start, "stop": stop, "status": status}
-    rows = await session.execute(FINISHED_JOBS, values)
-    return await _jobs(rows)
+    return await _jobs(await session.execute(FINISHED_JOBS, values), with_headers=with_headers)
 
 
-async def _jobs(rows: Result[Any]) -> list[Job]:
+async def _jobs(rows: Result[Any], *, with_headers: bool = False) -> list[Job]:
     jobs: list[Job] = []
     for some in rows.partitions(ROWS_PER_TURN):
-        jobs += [Job(**_job_fields(row)) for row in some]
+        jobs += [Job(**_job_fields(row, with_headers=with_headers)) for row in some]
         if len(some) == ROWS_PER_TURN:
             await asyncio.sleep(0)
     return jobs
@@ -338,7 +331,7 @@ async def get_job(session: AsyncSession, job_id: UUID) -> JobDetail | None:
     )
 
 
-def _job_fields(row: Row[Any]) -> dict[str, Any]:
+def _job_fields(row: Row[Any], *, with_headers: bool = False) -> dict[str, Any]:
     """Put what was selected, and more, under the names of a `Job`'s fields."""
     fields = dict(zip(row._fields, row, strict=True))  # attribute by attribute takes three times as long
     evidence = _shown_evidence(fields.pop("evidence"))
@@ -347,7 +340,7 @@ def _job_fields(row: Row[Any]) -> dict[str, Any]:
     fields["wire_bytes"] = evidence.wire_bytes if is_finished else None
     fields["total_ms"] = evidence.total_ms if is_finished else None
     fields["content_type"] = _content_type(evidence)
-    fields["headers"] = evidence.headers
+    fields["headers"] = evidence.headers if with_headers else None  # they keep all of the evidence in memory
     # stored only where it is not the job's own
     fields["final_url"] = evidence.final_url or (row.url if row.http_status is not None else None)
     return fields
@@ -360,7 +353,7 @@ class _ShownEvidence(Struct):
     body_bytes: int | None = None
     wire_bytes: int | None = None
     total_ms: float | None = None
-    headers: list[tuple[str, Raw]] = []
+    headers: list[tuple[str, Raw]] | None = None
 
 
 _SHOWN = json.Decoder(_ShownEvidence)
@@ -377,7 +370,7 @@ def _all_evidence(row: Row[Any]) -> dict[str, Any]:
 
 
 def _content_type(evidence: _ShownEvidence) -> str | None:
-    value = next((value for name, value in evidence.headers if name.lower() == "content-type"), None)
+    value = next((value for name, value in evidence.headers or () if name.lower() == "content-type"), None)
     return None if value is None else json.decode(value, type=str)[:CONTENT_TYPE_CHARS_MAX]
 
 

@@ -300,7 +300,7 @@ async def test_results_break_off_when_their_batch_is_deleted(
     batch_id = await reader.submit("h.example", "h.example")
     await finish(worker, reader, batch_id, b"one", b"two")
     jobs = await reader.jobs(batch_id)
-    async with aclosing(results.stream(sessions, batch_id, positions=range(2), with_bodies=True)) as lines:
+    async with aclosing(results.stream(sessions, batch_id, total=2, with_bodies=True)) as lines:
         assert json.loads(await anext(lines))["body_text"] == "one"
         assert (await api.delete(f"/v1/batches/{batch_id}")).status_code == 204
         with pytest.raises(reads.BatchGone):
@@ -335,7 +335,7 @@ async def test_a_page_of_results_with_bodies_takes_two_statements(
         statements.append(statement)
 
     event.listen(sessions.kw["bind"].sync_engine, "before_cursor_execute", note)
-    chunks = [chunk async for chunk in results.stream(sessions, batch_id, positions=range(20), with_bodies=True)]
+    chunks = [chunk async for chunk in results.stream(sessions, batch_id, total=20, with_bodies=True)]
     assert b"".join(chunks).count(b"\n") == 20
     assert len(statements) == 3
 
