@@ -84,7 +84,7 @@ _FAULT_CODES = {
 _SENTENCES = {
     "wait_forbidden": "There is no such parameter; to wait, send the header Prefer: wait=30.",
     "missing": "It is missing; give it.",
-    "repeated": "It is given more than once; give it once, several values with commas between.",
+    "repeated": "It is given more than once; give it once.",
     "string_type": "It must be a string, in double quotes.",
     "int_type": "It must be a whole number.",
     "int_from_float": "It must be a whole number.",

@@ -381,7 +381,7 @@ def _header_names(request: dict[str, Any] | None, options: dict[str, Any]) -> li
 
 
 def _attempt(row: Row[Any], number: int) -> Attempt:
-    """Put an attempt down; clients count from 1 those they are told of, without what was put back before it started."""
+    """Put an attempt down; clients count from 1 those they are told of, without what was put back unsent."""
     return Attempt(
         number=number,
         error=row.error,

@@ -131,7 +131,7 @@ class Lost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Returned:
-    """A job put back; `error` says why its fetch was cut off, `None` that it had not started."""
+    """A job put back; `error` says why its fetch was cut off, `None` that nothing was sent."""
 
     job: ClaimedJob
     error: str | None = None

@@ -32,8 +32,8 @@ class Hold:
     At `stops_at`, a moment before an unrenewed lease ends, nothing starts any more and what runs is cancelled.
     `unrecorded` counts results not yet stored: releasing the host before them would have their jobs rescued.
     `shared_failure` is what the last try met, where it applies to other jobs that are due before the next one.
-    `is_connected` once a connection stood: until then nothing was sent. `is_tried` once it is, or a fetch has ended:
-    until then there is one at a time.
+    `is_connected` once a connection stood: until then nothing was sent. `is_tried` once it is, or a fetch has ended
+    that was not cut off: until then there is one at a time.
     """
 
     lease: Lease
@@ -137,7 +137,7 @@ class Hold:
         self.connect_failures = 0 if answered else self.connect_failures + 1
 
     def put_off(self, now: float, delay_s: float) -> None:
-        """Leave the host to whoever claims it later; that says nothing of it."""
+        """Start nothing here for a while; unlike a back-off, it is not the host's doing, and is not counted."""
         self.next_start_at = max(self.next_start_at, now + delay_s)
 
     def share(self, now: float, failure: SharedFailure) -> None:
@@ -145,7 +145,7 @@ class Hold:
         self.shared_failure = failure
         self.begin_turn(now)
 
-    def note_connection(self) -> None:
+    def forget_connect_failures(self) -> None:
         """The host could be connected to, though what came of it does not end the back-off."""
         self.connect_failures = 0
 

@@ -256,8 +256,9 @@ class Pool:
     @property
     def _first_of_each(self) -> int:
         """Jobs to claim together with a host: those that can start at once, or the one that tries it."""
-        is_one = self._settings.host_delay_s or self._slots.are_mostly_silent
-        return 1 if is_one else self._settings.host_concurrency
+        if self._settings.host_delay_s or self._slots.are_mostly_silent:
+            return 1
+        return self._settings.host_concurrency
 
     async def _claim_due(self, room: int, jobs_each: int) -> dict[Lease, list[ClaimedJob]]:
         settings = self._settings

@@ -32,7 +32,7 @@ TRY_S = 0.5
 SILENT_SHARE_MAX = 0.75
 """Of the slots, what silent hosts may keep for as long as a connection may take. Those beyond it are put off."""
 PUT_OFF_S = 10.0
-"""How long. With less, a thousand silent hosts are due again before other work has had its turn."""
+"""How long a host is put off. With less, a thousand silent ones are due again before other work has had its turn."""
 
 logger = logging.getLogger(__name__)
 
@@ -287,13 +287,13 @@ class Slots:
     def _note_silence(self, hold: Hold, task: asyncio.Task[None]) -> None:
         """Let go of what waits for a host that seems to be silent, so that others may be claimed in its place.
 
-        Where too many are silent, let go of its fetch as well, and try again later.
+        Where too many are silent, let go of what runs there as well, and try again later.
         """
-        if hold.is_connected or task.done() or task not in hold.running:
+        if hold.is_connected or task.done():
             return
         if self.are_mostly_silent:
             hold.put_off(time.monotonic(), PUT_OFF_S)
-            task.cancel()
+            self.stop_running(hold)
         else:
             self._silent.add(task)
         if hold.waiting and not hold.is_tried:
@@ -374,7 +374,7 @@ class Slots:
         elif hold.back_offs and retry.got_through(outcome):
             hold.end_back_off()
         elif hold.connect_failures and isinstance(outcome, Failure) and outcome.sent:
-            hold.note_connection()
+            hold.forget_connect_failures()
         else:
             return
         self._recorder.add_back_off(hold.back_off(delay_s or 0.0))

@@ -250,9 +250,12 @@ async def test_a_first_fetch_that_ends_unconnected_lets_others_start(
         raise Failed(FailureCode.TLS_HANDSHAKE_FAILED, "Not this one.")
 
     monkeypatch.setattr(transport, "connect", connect_in_vain)
-    async with service.worker(host_concurrency=4):
-        await service.submit(*(f"https://127.0.0.1/{number}" for number in range(8)), max_attempts=1)
+    urls = [f"https://127.0.0.1/{number}" for number in range(8)]
+    async with service.worker(slots=4, host_concurrency=4):
+        batch_id = await service.submit(*urls, request={"method": "POST"}, max_attempts=1)
         await until(lambda: _are_tried(tried, 5))
+        batch = await service.until(batch_id, lambda batch: batch.counts.running == 0)  # put off, all of them
+        assert (batch.counts.failed, batch.counts.queued) == (1, 7)
 
 
 @pytest.mark.usefixtures("wakes")
